@@ -1,0 +1,218 @@
+"""L5: Acceptor, the pool of AcceptEx operations of a server, over one or more listening sockets.
+
+Laws
+1. Accepting never stops: an AcceptEx that fails is about its peer. It is replaced at once; what could not be posted is
+   posted after a back-off. Only `pause`, the cap of connections and `close` end that.
+2. `in_use` changes in two places: up where an AcceptEx was issued, down where its packet is retired.
+3. A replacement is posted before the new connection's callbacks run: they may take their time.
+4. The cap is the server's; each listening socket has its share of it, at least one.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from time import monotonic
+from typing import Final
+
+from . import _win32
+from ._errors import ERROR_OPERATION_ABORTED, RESOURCE_CODES, winsock_code
+from ._options import Usage
+from ._proactor import PENDING, Operation
+from ._sockops import AcceptOperation, ListeningSocket, OverlappedSocket
+from .watchdog import Watchdog
+
+#: Seconds before a failed AcceptEx is posted again: doubled each time up to the second.
+RETRY_FIRST: Final = 0.010
+RETRY_MAX: Final = 1.0
+#: Failures in a row, as a multiple of the cap, after which failing is taken for a condition and not for bad peers.
+FAILURES_IN_ROW: Final = 2
+#: Seconds between two looks at sockets that are connected and silent inside AcceptEx, at the most.
+SILENT_LOOK_MAX: Final = 1.0
+
+log = logging.getLogger("iocp_ctypes")
+
+
+class _Pool:
+    """One listening socket and its AcceptEx operations."""
+
+    __slots__ = ("listening", "operations", "share")
+
+    def __init__(self, listening: ListeningSocket) -> None:
+        self.listening = listening
+        self.operations: dict[int, AcceptOperation] = {}  # by address
+        self.share = 1
+
+
+class Acceptor:
+    """Keeps AcceptEx operations posted and hands over what they bring. Thread-safe; nothing blocks."""
+
+    def __init__(
+        self,
+        sockets: list[ListeningSocket],
+        watchdog: Watchdog,
+        cap: int,
+        data_size: int,
+        room: Callable[[], int],
+        admit: Callable[[], None],
+        accepted: Callable[[OverlappedSocket, bytes], None],
+    ) -> None:
+        """Make an acceptor; `top_up` starts it.
+
+        Args:
+            sockets: where to listen; closed by `close`.
+            watchdog: for back-offs.
+            cap: AcceptEx operations to keep posted.
+            data_size: 0, or the most first bytes that AcceptEx waits for.
+            room: how many more connections the server takes, those being accepted included.
+            admit: called when a connection came, before its AcceptEx is replaced.
+            accepted: called with it afterwards, and its first bytes.
+        """
+        self._pools = [_Pool(sock) for sock in sockets]
+        self._watchdog = watchdog
+        self._cap = cap
+        self._data_size = data_size
+        self._room = room
+        self._admit = admit
+        self._accepted = accepted
+        self._lock = threading.Lock()
+        self._in_use = 0
+        self._paused = False
+        self._closing = False
+        self._retrying = False
+        self._retry_delay = RETRY_FIRST
+        self._failures_in_row = 0
+        self.failed = 0
+        self.unreplaced = 0
+        self.reaped = 0
+        self.last_accept: float | None = None
+        self._share_out()
+
+    @property
+    def usage(self) -> Usage:
+        """The cap, and how many AcceptEx operations the kernel has."""
+        return Usage(self._cap, self._in_use)
+
+    def set_cap(self, cap: int) -> None:
+        """Change the cap: more are posted at once, a surplus drains as connections come."""
+        with self._lock:
+            self._cap = cap
+            self._share_out()
+        self.top_up()
+
+    def _share_out(self) -> None:
+        share, rest = divmod(self._cap, len(self._pools))
+        for number, pool in enumerate(self._pools):
+            pool.share = max(1, share + (number < rest))
+
+    def top_up(self) -> None:
+        """Post what is missing."""
+        with self._lock:
+            if self._paused or self._closing:
+                return
+            for pool in self._pools:
+                while len(pool.operations) < pool.share and self._in_use < self._room():
+                    if not self._post(pool):
+                        return
+
+    def _post(self, pool: _Pool) -> bool:
+        """Post one AcceptEx; False where it failed and a retry was arranged. Needs the lock."""
+        assert self._lock.locked()
+        operation, code = pool.listening.accept(self._retired, self._data_size, pool)
+        if operation is not None:
+            pool.operations[operation.address] = operation
+            self._in_use += 1
+            return True
+        self.unreplaced += 1
+        if not self._retrying:
+            log.warning("an AcceptEx could not be posted (error %d): trying again in %.2f s", code, self._retry_delay)
+        self._retry_later()
+        return False
+
+    def _retry_later(self) -> None:
+        if not self._retrying:
+            self._retrying = True
+            self._watchdog.later(self._retry_delay, self._retry)
+            self._retry_delay = min(RETRY_MAX, self._retry_delay * 2)
+
+    def _retry(self) -> None:
+        with self._lock:
+            self._retrying = False
+        self.top_up()
+
+    def _retired(self, operation: Operation, transferred: int, status: int) -> None:
+        """Retire an AcceptEx. On an I/O thread."""
+        assert isinstance(operation, AcceptOperation)
+        pool: _Pool = operation.home
+        with self._lock:
+            pool.operations.pop(operation.address, None)
+            self._in_use -= 1
+            closing = self._closing
+        if closing or status:
+            self._discard(operation, status, closing)
+            return
+        try:
+            accepted, first = pool.listening.finish(operation, transferred)
+        except OSError as exc:
+            log.debug("a peer was gone before it was accepted: %s", exc)
+            self._discard(operation, 0, closing)
+            return
+        self._failures_in_row = 0
+        self._retry_delay = RETRY_FIRST
+        self.last_accept = monotonic()
+        self._admit()
+        self.top_up()
+        self._accepted(accepted, first)
+
+    def _discard(self, operation: AcceptOperation, status: int, closing: bool) -> None:
+        """Drop the socket of an AcceptEx that brought no connection, and replace it."""
+        operation.socket.close()
+        if closing:
+            return
+        code = winsock_code(status)
+        if operation.reaped:
+            self.reaped += 1
+        elif code != ERROR_OPERATION_ABORTED:
+            self.failed += 1
+            self._failures_in_row += 1
+        if code in RESOURCE_CODES or self._failures_in_row > FAILURES_IN_ROW * self._cap:
+            with self._lock:
+                self._retry_later()
+        else:
+            self.top_up()
+
+    def pause(self) -> None:
+        """Take no more connections until `resume`; those that the kernel has accepted already still come."""
+        with self._lock:
+            self._paused = True
+        for pool in self._pools:
+            pool.listening.cancel()
+
+    def resume(self) -> None:
+        """Accept again."""
+        with self._lock:
+            self._paused = False
+        self.top_up()
+
+    def reap_silent(self, timeout: float) -> None:
+        """End the AcceptEx operations whose peer has been connected for `timeout` seconds and sent nothing.
+
+        Cancelled, not closed: where the first byte comes at this very moment, the packet says so.
+        """
+        with self._lock:
+            waiting = [(pool, operation) for pool in self._pools for operation in pool.operations.values()]
+        for pool, operation in waiting:
+            seconds = operation.socket.connect_time()
+            if timeout <= seconds < _win32.CONNECT_TIME_NOT_CONNECTED:
+                pool.listening.reap(operation)
+
+    def close(self) -> None:
+        """Stop listening. The AcceptEx operations complete as cancelled, and their sockets are closed then."""
+        with self._lock:
+            if self._closing:
+                return
+            self._closing = True
+        for pool in self._pools:
+            pool.listening.cancel()
+            pool.listening.close()

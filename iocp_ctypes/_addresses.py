@@ -1,0 +1,89 @@
+"""Addresses: what users may write, and what the kernel hands back (layer P: pure).
+
+Laws
+1. An address users see is `(host, port)` for IPv4 and `(host, port, flowinfo, scope_id)` for IPv6, as in `socket`.
+2. An IPv4 peer of a dual-stack socket is an IPv4 peer: `::ffff:a.b.c.d` becomes `a.b.c.d`.
+3. No name is looked up for a peer.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from typing import Any, Final
+
+Address = tuple[Any, ...]
+
+#: Windows' number of the IPv6 family; it differs from Linux, where the pure tests run.
+WINDOWS_AF_INET6: Final = 23
+_MAPPED_PREFIX: Final = bytes(10) + b"\xff\xff"
+
+
+def parse_sockaddr(raw: bytes) -> Address | None:
+    """Read a Windows SOCKADDR_IN or SOCKADDR_IN6; None where the kernel left none (a peer already gone)."""
+    if len(raw) < 16:
+        return None
+    family = int.from_bytes(raw[:2], "little")
+    port = int.from_bytes(raw[2:4], "big")
+    if family == socket.AF_INET:
+        return socket.inet_ntop(socket.AF_INET, raw[4:8]), port
+    if family == WINDOWS_AF_INET6 and len(raw) >= 28:
+        host = raw[8:24]
+        if host.startswith(_MAPPED_PREFIX):
+            return socket.inet_ntop(socket.AF_INET, host[12:]), port
+        flow = int.from_bytes(raw[4:8], "big")
+        (scope,) = struct.unpack("<I", raw[24:28])
+        return socket.inet_ntop(socket.AF_INET6, host), port, flow, scope
+    return None
+
+
+def format_address(address: Address | None) -> str:
+    """Write an address for a person: `127.0.0.1:80`, `[::1]:80`."""
+    if not address:
+        return "an unknown address"
+    host, port = address[0], address[1]
+    return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
+
+
+def check_address(address: object) -> Address:
+    """Return `(host, port)` or a four-part IPv6 address; TypeError or ValueError says what is wrong with it."""
+    shape = "an address is (host, port), with host a str and port a whole number from 0 to 65535"
+    if not isinstance(address, tuple) or len(address) not in (2, 4):
+        raise TypeError(f"address={address!r}: {shape}")
+    host, port = address[0], address[1]
+    if not isinstance(host, str) or isinstance(port, bool) or not isinstance(port, int):
+        raise TypeError(f"address={address!r}: {shape}")
+    if not 0 <= port <= 65535:
+        raise ValueError(f"address={address!r}: port={port}: {shape}")
+    if len(address) == 4 and not all(isinstance(part, int) and part >= 0 for part in address[2:]):
+        raise ValueError(f"address={address!r}: flowinfo and scope_id must be whole numbers, 0 or more")
+    if len(address) == 4 and ":" not in host:
+        raise ValueError(f"address={address!r}: host={host!r} is of the wrong family, four parts are for IPv6")
+    return address
+
+
+def is_one_address(address: object) -> bool:
+    """Return whether this is a single (host, port), and not several addresses."""
+    return isinstance(address, tuple) and len(address) in (2, 4) and isinstance(address[0], str)
+
+
+def resolve_listening(address: Address, dualstack: bool | None) -> list[tuple[int, Address, bool]]:
+    """Return where to bind for one address: (family, address, dual-stack) for each socket.
+
+    The host "" is every interface: one dual-stack IPv6 socket where the system has IPv6, else IPv4.
+    May ask the name service; it blocks for as long as that takes.
+    """
+    host, port = address[0], address[1]
+    if len(address) == 4:
+        return [(socket.AF_INET6, address, bool(dualstack))]
+    if host == "":
+        if socket.has_ipv6 and dualstack is not False:
+            return [(socket.AF_INET6, ("::", port, 0, 0), True)]
+        return [(socket.AF_INET, ("0.0.0.0", port), False)]
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    places: list[tuple[int, Address, bool]] = []
+    for family, _type, _protocol, _name, sockaddr in found:
+        place = (int(family), tuple(sockaddr), bool(dualstack) and family == socket.AF_INET6)
+        if family in (socket.AF_INET, socket.AF_INET6) and place not in places:
+            places.append(place)
+    return places

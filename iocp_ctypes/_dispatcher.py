@@ -1,0 +1,267 @@
+"""L4: the I/O threads: reap packets, retire operations, call their handlers; hand over from a stalled thread.
+
+Laws
+1. At most `running` threads serve at a time. On a build with a GIL more than one would only fight for it, so the
+   rest wait in reserve; what the kernel's concurrency value does on Windows (and does not on Wine) is done here.
+2. One FIFO, `ready`, is shared by all threads: packets, operations that completed at once and calls are served in
+   turn. A thread that stalls in a callback therefore holds back nothing but that callback.
+3. A thread is stalled exactly when one look (every STALL_CHECK seconds, only while somebody is busy) finds it in the
+   same turn as the look before. Then another takes its place; it waits in reserve once its callback returns.
+4. Handlers do not raise. One that does is a defect of this library: it is logged, and the thread goes on.
+5. Stopping: a flag, and a WAKE packet that each leaving thread posts again, so that no batch can swallow it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Final
+
+from ._port import Batch, CompletionPort
+from ._proactor import Proactor
+from ._win32 import INFINITE
+
+#: Seconds between two looks for stalled threads: a stall is handed over after one to two of them, so another
+#: connection waits at most 80 ms; 25 looks a second, and only while there is traffic, cost nothing to speak of.
+STALL_CHECK: Final = 0.04
+#: Threads that may be stalled at once; above it connections wait for a callback to return.
+STALLED_MAX: Final = 32
+#: Threads kept in reserve; more than that end.
+RESERVE_MAX: Final = 4
+#: Packets taken at a time: where one thread serves, a call should bring much; where several do, each its share.
+BATCH_ALONE: Final = 64
+BATCH_SHARED: Final = 8
+
+log = logging.getLogger("iocp_ctypes")
+
+
+class _Worker:
+    """One I/O thread. Its fields are written by itself, but for `relieved`, which is written under the lock."""
+
+    __slots__ = ("busy", "gate", "ident", "relieved", "seen", "thread", "turn")
+
+    def __init__(self) -> None:
+        self.turn = 0  # counts handlers begun
+        self.busy = False  # false exactly while it waits for packets or in reserve
+        self.seen = -1  # `turn` at the last look, -1 where it was not busy
+        self.relieved = False  # another took its place
+        self.ident = 0
+        self.gate = threading.Semaphore(0)  # released to call it out of reserve
+        self.thread: threading.Thread | None = None
+
+
+class Dispatcher:
+    """The threads of an engine."""
+
+    def __init__(
+        self, port: CompletionPort, proactor: Proactor, running: int, later: Callable[[float, Callable[[], None]], object]
+    ) -> None:
+        """Make a dispatcher; threads come with `start`.
+
+        Args:
+            port: where packets come from.
+            proactor: the pending table they are looked up in.
+            running: how many threads serve at a time.
+            later: `later(seconds, function)` calls a function after a while, on a thread that never blocks.
+        """
+        self._port = port
+        self._proactor = proactor
+        self._running_max = running
+        self._batch_size = BATCH_ALONE if running == 1 else BATCH_SHARED
+        self._later = later
+        self._ready: deque[tuple[Any, int]] = deque()
+        self._lock = threading.Lock()
+        self._workers: set[_Worker] = set()
+        self._reserve: list[_Worker] = []
+        self._serving: dict[int, _Worker] = {}  # by thread identity; not those relieved
+        self._stopping = False
+        self._looking = threading.Lock()  # held exactly while looks for stalled threads are scheduled
+        self.reaps = 0
+        self.packets = 0
+        self.handoffs = 0
+
+    # -- any thread ---------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the threads that serve."""
+        with self._lock:
+            self._fill()
+
+    def call_soon(self, function: Callable[[], None]) -> None:
+        """Call a function on an I/O thread, after what is ready now. Never blocks; any thread."""
+        self._put(function, 0)
+
+    def completed(self, address: int, transferred: int) -> None:
+        """Serve, in its turn, an operation that completed at once and will have no packet. Any thread."""
+        self._put(address, transferred)
+
+    def _put(self, what: Any, transferred: int) -> None:
+        self._ready.append((what, transferred))
+        # A serving thread looks at `ready` when its handler returns; from any other thread somebody must be woken.
+        if threading.get_ident() not in self._serving:
+            self._port.post()
+
+    def is_io_thread(self) -> bool:
+        """Return whether the calling thread is one of this dispatcher's."""
+        ident = threading.get_ident()
+        return any(worker.ident == ident for worker in tuple(self._workers))
+
+    @property
+    def threads(self) -> int:
+        """How many I/O threads exist."""
+        return len(self._workers)
+
+    @property
+    def stalled(self) -> int:
+        """How many of them are in a callback that another thread took over from."""
+        with self._lock:
+            return sum(worker.relieved for worker in self._workers) - len(self._reserve)
+
+    def stop(self, timeout: float) -> bool:
+        """End the threads; a callback that runs is waited for. Blocks up to `timeout` seconds; any thread.
+
+        Returns:
+            True where all threads but the calling one have ended.
+        """
+        with self._lock:
+            self._stopping = True
+            reserve, self._reserve = self._reserve, []
+            for worker in reserve:
+                worker.gate.release()
+            threads = [worker.thread for worker in self._workers]
+        self._port.post()
+        deadline = time.monotonic() + timeout
+        for thread in threads:
+            if thread is not None and thread is not threading.current_thread():
+                while thread.is_alive() and time.monotonic() < deadline:
+                    thread.join(min(0.25, max(0.0, deadline - time.monotonic())))
+        return not any(t is not None and t.is_alive() for t in threads if t is not threading.current_thread())
+
+    # -- the threads --------------------------------------------------------------------------------------------
+
+    def _fill(self) -> None:
+        """Let as many threads serve as may. Needs the lock."""
+        while len(self._serving) < self._running_max and not self._stopping:
+            if self._reserve:
+                worker = self._reserve.pop()
+                worker.relieved = False
+                self._serving[worker.ident] = worker
+                worker.gate.release()
+            elif len(self._workers) < self._running_max + STALLED_MAX:
+                worker = _Worker()
+                number = len(self._workers) + 1
+                worker.thread = threading.Thread(
+                    target=self._run, args=(worker,), name=f"iocp_ctypes I/O {number}", daemon=False
+                )
+                try:
+                    worker.thread.start()
+                except RuntimeError:
+                    log.warning("no I/O thread could be started: the system is short of them", exc_info=True)
+                    break
+                self._workers.add(worker)
+                # start() returns when the thread has begun, so its identity is known.
+                worker.ident = worker.thread.ident or 0
+                self._serving[worker.ident] = worker
+            else:
+                break
+
+    def _run(self, me: _Worker) -> None:
+        try:
+            self._serve(me)
+        finally:
+            with self._lock:
+                self._workers.discard(me)
+                self._serving.pop(me.ident, None)
+                if me in self._reserve:
+                    self._reserve.remove(me)
+            if self._stopping:
+                self._wake_next()
+
+    def _wake_next(self) -> None:
+        try:
+            self._port.post()
+        except OSError:
+            # The port is closed: nobody waits there any more.
+            log.debug("the port closed before the last thread left")
+
+    def _serve(self, me: _Worker) -> None:
+        reap = self._port.reap
+        ready = self._ready
+        popleft = ready.popleft
+        retire = self._proactor.pending.pop
+        looking = self._looking.acquire
+        batch = Batch(self._batch_size)
+        while not self._stopping:
+            me.busy = False
+            count = reap(batch, 0 if ready else INFINITE, ready)
+            me.busy = True
+            if count:
+                self.reaps += 1
+                self.packets += count
+            if looking(False):
+                self._later(STALL_CHECK, self._look)
+            # What becomes ready meanwhile waits for the next round, after what the port has: nobody is starved.
+            for _ in range(len(ready)):
+                try:
+                    what, transferred = popleft()
+                except IndexError:
+                    break
+                me.turn += 1
+                operation = retire(what, None)
+                try:
+                    if operation is not None:
+                        operation.handler(operation, transferred, operation.Internal)  # type: ignore[misc]
+                    elif what:
+                        what()
+                except Exception:
+                    log.critical("a handler raised, which is a defect of iocp_ctypes", exc_info=True)
+                if me.relieved and not self._rejoin(me):
+                    return
+
+    def _rejoin(self, me: _Worker) -> bool:
+        """Serve again after having been relieved, at once or after a time in reserve; False: end this thread."""
+        with self._lock:
+            if self._stopping:
+                return False
+            if len(self._serving) < self._running_max:
+                me.relieved = False
+                self._serving[me.ident] = me
+                return True
+            if len(self._reserve) >= RESERVE_MAX:
+                return False
+            me.busy = False
+            self._reserve.append(me)
+        me.gate.acquire()
+        me.busy = True
+        return not self._stopping
+
+    # -- looking for stalled threads (on the thread of `later`) ---------------------------------------------------
+
+    def _look(self) -> None:
+        with self._lock:
+            if self._stopping:
+                return
+            busy = False
+            for worker in tuple(self._serving.values()):
+                if not worker.busy:
+                    worker.seen = -1
+                    continue
+                busy = True
+                if worker.seen == worker.turn:
+                    worker.relieved = True
+                    worker.seen = -1
+                    del self._serving[worker.ident]
+                    self.handoffs += 1
+                else:
+                    worker.seen = worker.turn
+            self._fill()
+        if busy:
+            self._later(STALL_CHECK, self._look)
+            return
+        self._looking.release()
+        # A thread may have become busy before the release: then it found the looking on, so it is switched on here.
+        if any(worker.busy for worker in tuple(self._serving.values())) and self._looking.acquire(False):
+            self._later(STALL_CHECK, self._look)

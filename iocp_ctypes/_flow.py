@@ -1,0 +1,112 @@
+"""The write queue of a connection and its marks (layer P: pure, no I/O, no locks).
+
+Laws
+1. `size` is the number of bytes handed over and not yet accepted by the kernel: queued plus in flight. It is the
+   figure the marks and `write_buffer_max` are held against.
+2. Bytes leave in the order in which they came. What a partial completion left over goes back to the head.
+3. An object is never copied: a piece is (bytes, start, stop). Who owns the bytes keeps them alive.
+4. `above` is true exactly from the moment `size` passes the high mark until it is at or below the low mark.
+The caller holds the connection's lock.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Final, NamedTuple
+
+
+class Piece(NamedTuple):
+    """A part of a bytes object: the bytes from start up to stop."""
+
+    data: bytes
+    start: int
+    stop: int
+
+
+#: One send takes at most this many bytes: more would pin the memory and hide progress for too long.
+SEND_SLICE_MAX: Final = 256 * 1024
+#: One send gathers at most this many buffers (a WSABUF each, 16 bytes on 64-bit Windows).
+SEND_GATHER_MAX: Final = 64
+
+
+class WriteFlow:
+    """The bytes between `send` and the kernel."""
+
+    __slots__ = ("above", "in_flight", "pieces", "queued", "sends")
+
+    def __init__(self) -> None:
+        self.pieces: deque[Piece] | None = None  # made when first needed: most connections never queue
+        self.queued = 0  # bytes in `pieces`
+        self.in_flight = 0  # bytes of sends that the kernel has
+        self.sends = 0  # how many sends the kernel has
+        self.above = False
+
+    @property
+    def size(self) -> int:
+        """Bytes queued and in flight."""
+        return self.queued + self.in_flight
+
+    def push(self, data: bytes) -> None:
+        """Queue a whole object at the tail."""
+        if self.pieces is None:
+            self.pieces = deque()
+        self.pieces.append(Piece(data, 0, len(data)))
+        self.queued += len(data)
+
+    def push_front(self, pieces: list[Piece], skip: int = 0) -> None:
+        """Put pieces back at the head, without their first `skip` bytes, in their old order."""
+        if self.pieces is None:
+            self.pieces = deque()
+        for piece in reversed(cut(pieces, skip)):
+            self.pieces.appendleft(piece)
+            self.queued += piece.stop - piece.start
+
+    def take(self, most: int = SEND_SLICE_MAX, gather: int = SEND_GATHER_MAX) -> tuple[list[Piece], int]:
+        """Take the next pieces for one send: at most `most` bytes in at most `gather` pieces.
+
+        Returns:
+            The pieces and the number of their bytes; an empty list and 0 where nothing is queued.
+        """
+        taken: list[Piece] = []
+        total = 0
+        pieces = self.pieces
+        while pieces and total < most and len(taken) < gather:
+            data, start, stop = pieces.popleft()
+            room = most - total
+            if stop - start > room:
+                pieces.appendleft(Piece(data, start + room, stop))
+                stop = start + room
+            taken.append(Piece(data, start, stop))
+            total += stop - start
+        self.queued -= total
+        return taken, total
+
+    def mark(self, high: int) -> bool:
+        """Note that bytes were added; return True where the queue is below or at the high mark."""
+        if self.queued + self.in_flight > high:
+            self.above = True
+        return not self.above
+
+    def relieved(self, low: int) -> bool:
+        """Return True exactly once after the size fell from above the high mark to the low mark."""
+        if self.above and self.queued + self.in_flight <= low:
+            self.above = False
+            return True
+        return False
+
+    def clear(self) -> None:
+        """Forget what is queued; what is in flight is not ours to forget."""
+        self.pieces = None
+        self.queued = 0
+
+
+def cut(pieces: list[Piece], skip: int) -> list[Piece]:
+    """Return the pieces without their first `skip` bytes."""
+    left: list[Piece] = []
+    for data, start, stop in pieces:
+        if skip >= stop - start:
+            skip -= stop - start
+        else:
+            left.append(Piece(data, start + skip, stop))
+            skip = 0
+    return left

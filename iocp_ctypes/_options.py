@@ -1,0 +1,218 @@
+"""THE table of options: name, default, allowed values, meaning (layer P: pure).
+
+Laws
+1. An option is checked here and nowhere else; the command line, Server and Connection all read this table.
+2. A refused value raises TypeError (wrong kind) or ValueError (out of range) that names the option, the value and
+   what is allowed, and changes nothing.
+3. Settings are immutable: a live change makes a new object, so a thread that reads one sees one state.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple, TypedDict
+
+KIB: Final = 1024
+MIB: Final = 1024 * 1024
+
+RECV_MODES: Final = ("auto", "flow", "zero-byte")
+
+KeepAlive = float | tuple[float, float] | None
+
+
+class Usage(NamedTuple):
+    """A live tunable: its cap, and how much of it is in use at this instant."""
+
+    cap: int
+    in_use: int
+
+
+class ServerOptions(TypedDict, total=False):
+    """The keyword options of Server, for type checkers; OPTIONS says what each allows."""
+
+    backlog: int
+    listen_backlog: int | None
+    accept_data: int
+    silent_timeout: float | None
+    idle_timeout: float | None
+    linger_timeout: float
+    max_connections: int | None
+    max_per_host: int | None
+    sendcap: int
+    recv_mode: str
+    recv_size: int
+    high_mark: int
+    low_mark: int
+    write_buffer_max: int
+    io_threads: int
+    work_threads: int
+    nodelay: bool
+    keepalive: KeepAlive
+    exclusive: bool
+    dualstack: bool | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Settings:
+    """The checked options of a server and of the connections it makes."""
+
+    backlog: int = 64
+    listen_backlog: int | None = None
+    accept_data: int = 0
+    silent_timeout: float | None = 120.0
+    idle_timeout: float | None = None
+    linger_timeout: float = 5.0
+    max_connections: int | None = None
+    max_per_host: int | None = None
+    sendcap: int = 4
+    recv_mode: str = "auto"
+    recv_size: int = 16 * KIB
+    high_mark: int = 64 * KIB
+    low_mark: int = 16 * KIB
+    write_buffer_max: int = 16 * MIB
+    io_threads: int = 0
+    work_threads: int = 0
+    nodelay: bool = True
+    keepalive: KeepAlive = None
+    exclusive: bool = True
+    dualstack: bool | None = None
+
+
+Check = Callable[[str, Any], Any]
+
+
+class Option(NamedTuple):
+    """One row: how a value is checked, and what the option means."""
+
+    check: Check
+    meaning: str
+
+
+def _whole(low: int, high: int, none: bool = False) -> Check:
+    allowed = f"a whole number from {low} to {high}" + (" or None" if none else "")
+
+    def check(name: str, value: Any) -> Any:
+        if value is None and none:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}={value!r}: must be {allowed}")
+        if not low <= value <= high:
+            raise ValueError(f"{name}={value!r}: must be {allowed}")
+        return value
+
+    return check
+
+
+def _seconds(none: bool, zero: bool = False) -> Check:
+    low = "0" if zero else "more than 0"
+    allowed = f"a number of seconds ({low}, at most {SECONDS_MAX:.0f})" + (" or None" if none else "")
+
+    def check(name: str, value: Any) -> Any:
+        if value is None and none:
+            return None
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name}={value!r}: must be {allowed}")
+        if math.isnan(value) or value > SECONDS_MAX or value < 0 or (value == 0 and not zero):
+            raise ValueError(f"{name}={value!r}: must be {allowed}")
+        return float(value)
+
+    return check
+
+
+def _flag(none: bool = False) -> Check:
+    allowed = "True, False or None" if none else "True or False"
+
+    def check(name: str, value: Any) -> Any:
+        if value is None and none:
+            return None
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}={value!r}: must be {allowed}")
+        return value
+
+    return check
+
+
+def _choice(*choices: str) -> Check:
+    allowed = "one of " + ", ".join(repr(choice) for choice in choices)
+
+    def check(name: str, value: Any) -> Any:
+        if not isinstance(value, str):
+            raise TypeError(f"{name}={value!r}: must be {allowed}")
+        if value not in choices:
+            raise ValueError(f"{name}={value!r}: must be {allowed}")
+        return value
+
+    return check
+
+
+def _keepalive(name: str, value: Any) -> Any:
+    if value is None:
+        return None
+    one = _seconds(none=False)
+    if isinstance(value, tuple):
+        if len(value) != 2:
+            raise ValueError(f"{name}={value!r}: must be seconds, (idle, interval) in seconds, or None")
+        return one(name, value[0]), one(name, value[1])
+    return one(name, value)
+
+
+#: A year: longer timeouts are a mistake in the unit, and a DWORD of milliseconds ends at 49 days for keepalive.
+SECONDS_MAX: Final = 365 * 86400.0
+
+OPTIONS: Final[dict[str, Option]] = {
+    "backlog": Option(_whole(1, 10_000), "AcceptEx operations kept posted by the server"),
+    "listen_backlog": Option(_whole(1, 65_535, none=True), "length of the kernel's queue; None: max(200, backlog)"),
+    "accept_data": Option(_whole(0, 64 * KIB), "bytes AcceptEx waits for before a connection counts as accepted"),
+    "silent_timeout": Option(_seconds(none=True), "seconds after which a connection that never sent is reaped"),
+    "idle_timeout": Option(_seconds(none=True), "seconds without a byte in or out"),
+    "linger_timeout": Option(_seconds(none=False, zero=True), "seconds that close() waits for the peer"),
+    "max_connections": Option(_whole(1, 1_000_000, none=True), "connections at once; accepting pauses there"),
+    "max_per_host": Option(_whole(1, 1_000_000, none=True), "connections at once of one host; more are refused"),
+    "sendcap": Option(_whole(1, 1_000), "concurrent WSASends of a connection"),
+    "recv_mode": Option(_choice(*RECV_MODES), "how receives are posted"),
+    "recv_size": Option(_whole(64, 16 * MIB), "bytes of one receive"),
+    "high_mark": Option(_whole(0, 1 << 40), "send() returns False above this many unsent bytes"),
+    "low_mark": Option(_whole(0, 1 << 40), "on_drain comes at this many unsent bytes"),
+    "write_buffer_max": Option(_whole(1, 1 << 40), "unsent bytes above which a connection is closed with overflow"),
+    "io_threads": Option(_whole(0, 256), "running I/O threads; 0: sized from the processors"),
+    "work_threads": Option(_whole(0, 256), "threads that connections are pinned to; 0: callbacks on the I/O threads"),
+    "nodelay": Option(_flag(), "TCP_NODELAY"),
+    "keepalive": Option(_keepalive, "seconds, or (idle, interval) in seconds; None: off"),
+    "exclusive": Option(_flag(), "SO_EXCLUSIVEADDRUSE: nobody else binds over this server"),
+    "dualstack": Option(_flag(none=True), "IPv6 sockets serve IPv4 too; None: only for the host ''"),
+}
+
+
+def check_option(name: str, value: Any) -> Any:
+    """Return the checked value of one option; TypeError or ValueError names option, value and range."""
+    option = OPTIONS.get(name)
+    if option is None:
+        raise TypeError(f"unknown option {name}={value!r}: the options are {', '.join(OPTIONS)}")
+    return option.check(name, value)
+
+
+def make_settings(options: ServerOptions | dict[str, Any]) -> Settings:
+    """Check options and return the settings they make; see `check_option`."""
+    return check_marks(Settings(**{name: check_option(name, value) for name, value in options.items()}))
+
+
+def change(settings: Settings, **changes: Any) -> Settings:
+    """Return settings with some options changed; nothing is changed where one is refused."""
+    checked = {name: check_option(name, value) for name, value in changes.items()}
+    return check_marks(dataclasses.replace(settings, **checked))
+
+
+def check_marks(settings: Settings) -> Settings:
+    """Return the settings where low_mark <= high_mark <= write_buffer_max, else raise ValueError."""
+    if settings.low_mark > settings.high_mark:
+        raise ValueError(
+            f"low_mark={settings.low_mark}: must be from 0 to high_mark, which is {settings.high_mark}"
+        )
+    if settings.high_mark > settings.write_buffer_max:
+        raise ValueError(
+            f"high_mark={settings.high_mark}: must be from low_mark to write_buffer_max,"
+            f" which is {settings.write_buffer_max}"
+        )
+    return settings

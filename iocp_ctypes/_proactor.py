@@ -1,0 +1,133 @@
+"""L3: Operation and the pending table: what the kernel has, and who keeps it alive.
+
+Laws
+1. An operation is registered *before* the call that issues it, by the address of its OVERLAPPED: its packet may be
+   retired on another thread before the call returns. After success or "pending" the issuer touches it no more.
+2. The table is keep-alive, lookup and leak meter in one. An operation leaves it exactly once: by its packet, by the
+   issuer when the call failed, or by the issuer when the call completed at once and no packet will come.
+3. Whatever the kernel points at (OVERLAPPED, WSABUF, flags, data) hangs on the operation.
+4. An operation is used again only after it left the table.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from ctypes import addressof, c_char, c_void_p, sizeof
+from typing import Any, Final
+
+from . import _win32
+from ._errors import WSA_IO_PENDING
+from ._flow import SEND_GATHER_MAX, Piece
+
+#: What issuing returns besides an error code.
+COMPLETED: Final = 0  # done, no packet will come; for receives the issuer hands it to the dispatcher
+PENDING: Final = WSA_IO_PENDING  # a packet comes, or has come already
+
+Handler = Callable[["Operation", int, int], None]
+
+_array_types: dict[int, Any] = {}
+
+
+def _buffer(size: int) -> Any:
+    """Make a char array; the array type of a size is made once, because making it costs more than the array."""
+    kind = _array_types.get(size)
+    if kind is None:
+        kind = _array_types[size] = c_char * size
+    return kind()
+
+
+class Operation(_win32.TRANSFER):
+    """An OVERLAPPED plus all that belongs to it. `handler(operation, transferred, status)` is called once, at retiring.
+
+    `wsabuf`, `flags_argument`, `overlapped` are the ready-made arguments of the HOT functions. They hold addresses,
+    not references (a reference to itself would keep an operation for ever): the pending table keeps it alive.
+    """
+
+    __slots__ = (
+        "address", "buffer", "flags_argument", "handler", "keep", "length", "overlapped", "size", "vector", "wsabuf",
+    )
+
+    def __init__(self, size: int = 0) -> None:
+        """Make an operation with a buffer of `size` bytes of its own; 0: none."""
+        super().__init__()
+        address = addressof(self)
+        self.address = address
+        self.overlapped = c_void_p.from_param(address)
+        self.wsabuf = c_void_p.from_param(address + _win32.TRANSFER.len.offset)
+        self.flags_argument = c_void_p.from_param(address + _win32.TRANSFER.flags.offset)
+        self.size = size
+        self.length = 0  # bytes that a send carries
+        self.keep: Any = None  # what the kernel reads from, while it does
+        self.vector: Any = None
+        self.handler: Handler | None = None
+        self.buffer: Any = None
+        if size:
+            self.buffer = _buffer(size)
+            self.len = size
+            self.buf = addressof(self.buffer)
+
+    def load(self, data: bytes) -> None:
+        """Point the one WSABUF at a bytes object, uncopied."""
+        self.keep = data
+        self.buf = data
+        self.length = self.len = len(data)
+
+    def load_pieces(self, pieces: list[Piece]) -> tuple[Any, int]:
+        """Point a gather list at pieces, uncopied; return it as an argument, and how many WSABUFs it has."""
+        if self.vector is None:
+            self.vector = (_win32.WSABUF * SEND_GATHER_MAX)()
+        total = 0
+        for wsabuf, (data, start, stop) in zip(self.vector, pieces):
+            wsabuf.buf = ctypes.cast(data, c_void_p).value + start  # type: ignore[operator]  # never NULL
+            wsabuf.len = stop - start
+            total += stop - start
+        self.keep = pieces
+        self.length = total
+        return c_void_p.from_param(addressof(self.vector)), len(pieces)
+
+
+class OperationPool:
+    """Operations kept for use again, by buffer size; bounded. Thread-safe: list appends and pops are atomic."""
+
+    __slots__ = ("_free",)
+
+    #: Kept per size: enough for the connections that are busy at one moment, little enough to forget (64 x 16 KiB).
+    KEPT_MAX: Final = 64
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[Operation]] = {}
+
+    def take(self, size: int) -> Operation:
+        """Return an operation with a buffer of `size` bytes that the kernel does not have."""
+        try:
+            return self._free[size].pop()
+        except (KeyError, IndexError):
+            return Operation(size)
+
+    def give(self, operation: Operation) -> None:
+        """Take back an operation that has left the pending table."""
+        operation.handler = operation.keep = None
+        free = self._free.setdefault(operation.size, [])
+        if len(free) < self.KEPT_MAX:
+            free.append(operation)
+
+
+class Proactor:
+    """The pending table and the pool of an engine."""
+
+    __slots__ = ("pending", "pool")
+
+    def __init__(self) -> None:
+        self.pending: dict[int, Operation] = {}
+        self.pool = OperationPool()
+
+    def settle(self, operation: Operation) -> int:
+        """After a call that did not return success: PENDING, or the error code, with the operation retired."""
+        code = ctypes.get_last_error()
+        if code != WSA_IO_PENDING:
+            del self.pending[operation.address]
+        return code
+
+
+assert sizeof(_win32.TRANSFER) == sizeof(Operation)

@@ -1,0 +1,290 @@
+"""L4: sockets of the completion port: fill an operation, issue it, read what came of it.
+
+Laws
+1. Raw handles stay in here: above are OverlappedSocket and ListeningSocket.
+2. Issuing follows one pattern: register in the pending table, call, and on anything but success `settle`.
+3. An accepted socket goes AcceptEx -> SO_UPDATE_ACCEPT_CONTEXT -> options -> associate -> first receive, each checked.
+4. FILE_SKIP_COMPLETION_PORT_ON_SUCCESS is used only where the provider is an IFS one; never for accepts (the listener
+   does not have it). Without it every success comes through the port, and issuing says PENDING.
+5. `close` closes the handle once; nothing is issued on it afterwards. The caller has joined its operations before.
+Nothing here blocks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import socket
+from ctypes import addressof, byref, c_int, c_void_p, sizeof, string_at
+from typing import Any, Final
+
+from . import _win32
+from ._addresses import Address, format_address
+from ._errors import error_from_code
+from ._options import KeepAlive
+from ._port import CompletionPort
+from ._proactor import COMPLETED, PENDING, Handler, Operation, Proactor
+
+#: What AcceptEx's buffer holds after the data: two addresses.
+_ACCEPT_ADDRESSES: Final = 2 * _win32.ACCEPT_ADDRESS_SIZE
+_YES: Final = c_int(1)
+_RESET_ON_CLOSE: Final = _win32.LINGER(1, 0)
+
+_startup_data = ctypes.create_string_buffer(512)
+# CPython's socket module does this too; ours makes the vendored folder independent of that. Never undone: the
+# process keeps Winsock until it ends.
+_win32.WSAStartup(_win32.WINSOCK_VERSION, _startup_data)
+
+_extensions: dict[tuple[int, str], Any] = {}
+_ifs_families: dict[int, bool] = {}
+
+
+def _extension(handle: int, family: int, name: str) -> Any:
+    """Return an extension function of the family's provider; asked for once per family."""
+    function = _extensions.get((family, name))
+    if function is None:
+        guid, prototype = {
+            "AcceptEx": (_win32.WSAID_ACCEPTEX, _win32.ACCEPTEX),
+            "GetAcceptExSockaddrs": (_win32.WSAID_GETACCEPTEXSOCKADDRS, _win32.GETACCEPTEXSOCKADDRS),
+        }[name]
+        pointer = c_void_p()
+        returned = _win32.DWORD()
+        if _win32.WSAIoctl(
+            handle, _win32.SIO_GET_EXTENSION_FUNCTION_POINTER, byref(guid), sizeof(guid),
+            byref(pointer), sizeof(pointer), byref(returned), None, None,
+        ):
+            raise error_from_code(ctypes.get_last_error(), f"the provider has no {name}")
+        function = _extensions[family, name] = prototype(pointer.value)
+    return function
+
+
+def provider_is_ifs(handle: int, family: int) -> bool:
+    """Return whether the handles of this family's provider are real file handles; asked for once per family."""
+    known = _ifs_families.get(family)
+    if known is None:
+        info = _win32.WSAPROTOCOL_INFOW()
+        length = c_int(sizeof(info))
+        failed = _win32.getsockopt(
+            handle, _win32.SOL_SOCKET, _win32.SO_PROTOCOL_INFOW, byref(info), byref(length)
+        )
+        known = not failed and bool(info.dwServiceFlags1 & _win32.XP1_IFS_HANDLES)
+        _ifs_families[family] = known
+    return known
+
+
+class OverlappedSocket:
+    """A stream socket: receive, send, cancel, shut down, close, options."""
+
+    __slots__ = ("_argument", "_handle", "_pending", "_proactor", "family", "local_raw", "peer_raw", "skips")
+
+    def __init__(self, handle: int, family: int, proactor: Proactor) -> None:
+        """Own a handle."""
+        self._handle = handle
+        self._argument = _win32.handle_argument(handle)
+        self._proactor = proactor
+        self._pending = proactor.pending
+        self.family = family
+        self.skips = False  # true exactly when an operation that completes at once has no packet
+        self.local_raw = b""  # SOCKADDRs as the kernel wrote them; read when asked for
+        self.peer_raw = b""
+
+    # -- set-up --------------------------------------------------------------------------------------------------
+
+    def associate(self, port: CompletionPort) -> None:
+        """Bind this socket to a port for life, and spare it the packets of what completes at once."""
+        port.associate(self._handle)
+        if provider_is_ifs(self._handle, self.family):
+            self.skips = bool(
+                _win32.SetFileCompletionNotificationModes(
+                    self._handle,
+                    _win32.FILE_SKIP_COMPLETION_PORT_ON_SUCCESS | _win32.FILE_SKIP_SET_EVENT_ON_HANDLE,
+                )
+            )
+
+    def set_nodelay(self, on: bool) -> None:
+        """TCP_NODELAY; OSError where the socket is gone."""
+        value = c_int(on)
+        self._set(_win32.IPPROTO_TCP, _win32.TCP_NODELAY, value, "TCP_NODELAY")
+
+    def set_keepalive(self, keepalive: KeepAlive) -> None:
+        """SIO_KEEPALIVE_VALS: None is off; seconds, or (idle, interval) in seconds."""
+        idle, interval = keepalive if isinstance(keepalive, tuple) else (keepalive or 0.0, 1.0)
+        values = _win32.TCP_KEEPALIVE(keepalive is not None, max(1, int(idle * 1000)), max(1, int(interval * 1000)))
+        returned = _win32.DWORD()
+        if _win32.WSAIoctl(
+            self._handle, _win32.SIO_KEEPALIVE_VALS, byref(values), sizeof(values), None, 0, byref(returned), None, None
+        ):
+            raise error_from_code(ctypes.get_last_error(), "SIO_KEEPALIVE_VALS")
+
+    def reset_on_close(self) -> None:
+        """Make `close` send RST instead of FIN."""
+        _win32.setsockopt(
+            self._handle, _win32.SOL_SOCKET, _win32.SO_LINGER, byref(_RESET_ON_CLOSE), sizeof(_RESET_ON_CLOSE)
+        )
+
+    def connect_time(self) -> int:
+        """Seconds since the peer connected, or CONNECT_TIME_NOT_CONNECTED."""
+        seconds = _win32.DWORD(_win32.CONNECT_TIME_NOT_CONNECTED)
+        length = c_int(sizeof(seconds))
+        _win32.getsockopt(
+            self._handle, _win32.SOL_SOCKET, _win32.SO_CONNECT_TIME, byref(seconds), byref(length)
+        )
+        return int(seconds.value)
+
+    def _set(self, level: int, name: int, value: Any, what: str) -> None:
+        if _win32.setsockopt(self._handle, level, name, byref(value), sizeof(value)):
+            raise error_from_code(ctypes.get_last_error(), what)
+
+    # -- the hot calls -------------------------------------------------------------------------------------------
+
+    def receive(self, operation: Operation) -> int:
+        """Issue a receive into the operation's buffer: COMPLETED (InternalHigh bytes), PENDING or an error code.
+
+        What completed at once stays in the pending table: the dispatcher serves it in its turn.
+        """
+        self._pending[operation.address] = operation
+        if not _win32.hot_receive(
+            self._argument, operation.wsabuf, 1, None, operation.flags_argument, operation.overlapped, None
+        ):
+            return COMPLETED if self.skips else PENDING
+        return self._proactor.settle(operation)
+
+    def send(self, operation: Operation, handler: Handler, vector: Any = None, count: int = 1) -> int:
+        """Issue a send of what the operation was loaded with: COMPLETED, PENDING or an error code.
+
+        COMPLETED: InternalHigh bytes were taken and the operation is the caller's again. `vector` and `count` are what
+        `Operation.load_pieces` returned; without them the one buffer of `Operation.load` is sent.
+        """
+        operation.handler = handler
+        self._pending[operation.address] = operation
+        if not _win32.hot_send(
+            self._argument, vector or operation.wsabuf, count, None, 0, operation.overlapped, None
+        ):
+            if self.skips:
+                del self._pending[operation.address]
+                return COMPLETED
+            return PENDING
+        return self._proactor.settle(operation)
+
+    # -- the end -------------------------------------------------------------------------------------------------
+
+    def cancel(self) -> None:
+        """Ask for the end of all that is in flight; each operation still has its packet. No result to check:
+        ERROR_NOT_FOUND means that the packets are on their way already."""
+        _win32.CancelIoEx(self._handle, None)
+
+    def shutdown_send(self) -> None:
+        """Send FIN after what was sent. A peer that is gone makes this fail, which is no news to a closing socket."""
+        _win32.shutdown(self._handle, _win32.SD_SEND)
+
+    def close(self) -> None:
+        """Close the handle; twice is once."""
+        handle, self._handle = self._handle, _win32.INVALID_SOCKET
+        if handle != _win32.INVALID_SOCKET:
+            _win32.closesocket(handle)
+
+
+class AcceptOperation(Operation):
+    """An AcceptEx: the socket that becomes the connection, and room for data and two addresses."""
+
+    __slots__ = ("data_size", "home", "reaped", "socket")
+
+    def __init__(self, accepted: OverlappedSocket, data_size: int, home: Any) -> None:
+        super().__init__(data_size + _ACCEPT_ADDRESSES)
+        self.socket = accepted
+        self.data_size = data_size
+        self.home = home  # the pool it is counted in
+        self.reaped = False  # cancelled because its peer stayed silent
+
+
+class ListeningSocket:
+    """A bound and listening socket whose connections come by AcceptEx."""
+
+    __slots__ = ("_handle", "_proactor", "_python", "address", "family")
+
+    def __init__(self, python_socket: socket.socket, proactor: Proactor, port: CompletionPort) -> None:
+        """Own a listening `socket.socket` and bind it to a port."""
+        self._python = python_socket
+        self._handle = python_socket.fileno()
+        self._proactor = proactor
+        self.family = int(python_socket.family)
+        self.address: Address = python_socket.getsockname()
+        port.associate(self._handle)
+
+    def accept(self, handler: Handler, data_size: int, home: Any) -> tuple[AcceptOperation | None, int]:
+        """Issue an AcceptEx: the operation and PENDING, or None and the error code of what failed.
+
+        Args:
+            handler: called once with (operation, bytes of data, status); `finish` reads the operation.
+            data_size: 0, or the most bytes to wait for before the accept completes.
+            home: kept in the operation, for the handler.
+        """
+        handle = _win32.WSASocketW(
+            self.family, _win32.SOCK_STREAM, _win32.IPPROTO_TCP, None, 0,
+            _win32.WSA_FLAG_OVERLAPPED | _win32.WSA_FLAG_NO_HANDLE_INHERIT,
+        )
+        if handle == _win32.INVALID_SOCKET:
+            return None, ctypes.get_last_error()
+        accepted = OverlappedSocket(handle, self.family, self._proactor)
+        operation = AcceptOperation(accepted, data_size, home)
+        operation.handler = handler
+        self._proactor.pending[operation.address] = operation
+        if _extension(self._handle, self.family, "AcceptEx")(
+            self._handle, handle, addressof(operation.buffer), data_size,
+            _win32.ACCEPT_ADDRESS_SIZE, _win32.ACCEPT_ADDRESS_SIZE, None, operation.address,
+        ):
+            return operation, PENDING  # the listener does not skip, so success has a packet as well
+        code = self._proactor.settle(operation)
+        if code == PENDING:
+            return operation, PENDING
+        accepted.close()
+        return None, code
+
+    def finish(self, operation: AcceptOperation, transferred: int) -> tuple[OverlappedSocket, bytes]:
+        """Make a completed AcceptEx a connected socket with its addresses; OSError where the peer is gone again.
+
+        Returns:
+            The socket (not associated yet), and the first bytes, empty without `data_size`.
+        """
+        accepted = operation.socket
+        listener = _win32.SOCKET(self._handle)
+        accepted._set(_win32.SOL_SOCKET, _win32.SO_UPDATE_ACCEPT_CONTEXT, listener, "SO_UPDATE_ACCEPT_CONTEXT")
+        local, peer = c_void_p(), c_void_p()
+        local_length, peer_length = c_int(), c_int()
+        _extension(self._handle, self.family, "GetAcceptExSockaddrs")(
+            addressof(operation.buffer), operation.data_size,
+            _win32.ACCEPT_ADDRESS_SIZE, _win32.ACCEPT_ADDRESS_SIZE,
+            byref(local), byref(local_length), byref(peer), byref(peer_length),
+        )
+        accepted.local_raw = string_at(local, local_length.value) if local else b""
+        accepted.peer_raw = string_at(peer, peer_length.value) if peer else b""
+        return accepted, operation.buffer[:transferred] if operation.data_size else b""
+
+    def cancel(self) -> None:
+        """Ask for the end of all AcceptEx operations; each still has its packet."""
+        _win32.CancelIoEx(self._handle, None)
+
+    def reap(self, operation: AcceptOperation) -> None:
+        """Ask for the end of one AcceptEx whose peer stayed silent; its packet decides whether it did."""
+        operation.reaped = True
+        _win32.CancelIoEx(self._handle, operation.address)
+
+    def close(self) -> None:
+        """Stop listening; AcceptEx operations complete as cancelled."""
+        self._python.close()
+
+
+def listen(family: int, address: Address, listen_backlog: int, exclusive: bool, dualstack: bool) -> socket.socket:
+    """Make a listening socket; OSError names the address where it cannot be had."""
+    made = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        if exclusive:
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+        if family == socket.AF_INET6:
+            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not dualstack)
+        made.bind(address)
+        made.listen(listen_backlog)
+    except OSError as exc:
+        made.close()
+        code = getattr(exc, "winerror", None) or exc.errno or 0
+        raise error_from_code(code, f"cannot listen on {format_address(address)}") from exc
+    return made

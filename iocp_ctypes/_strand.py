@@ -1,0 +1,67 @@
+"""A strand: the callbacks of one connection, one at a time and in order (layer P: pure).
+
+Laws
+1. At most one thread runs a strand's tasks at any moment; tasks run in the order in which they were posted.
+2. `post` appends before it looks for a runner, and a runner looks at the queue again after it let go: so no task is
+   left behind, without a lock around either.
+3. A task never runs inside `post`: who posts may hold locks of his own.
+4. A runner runs what was queued when it began and hands the rest to `execute`, so that one strand cannot keep a
+   thread to itself.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+
+class Strand:
+    """The running flag and the queue."""
+
+    __slots__ = ("_execute", "_running", "_tasks")
+
+    def __init__(self, execute: Callable[[Callable[[], None]], None]) -> None:
+        """Make a strand; `execute` runs a callable soon on a thread where this strand's tasks belong."""
+        self._running = threading.Lock()
+        self._tasks: deque[tuple[Callable[..., object], tuple[Any, ...]]] | None = None  # made when first needed
+        self._execute = execute
+
+    def enter(self) -> bool:
+        """Become the runner without waiting; False where somebody runs or tasks wait (then `post` instead)."""
+        return not self._tasks and self._running.acquire(False)
+
+    def leave(self) -> None:
+        """Stop being the runner; what was posted meanwhile is handed on."""
+        self._running.release()
+        if self._tasks:
+            self._execute(self._drain)
+
+    def post(self, function: Callable[..., object], *args: Any) -> None:
+        """Queue a call; tasks must not raise."""
+        if self._tasks is None:
+            self._make_queue()
+        assert self._tasks is not None
+        self._tasks.append((function, args))
+        self._execute(self._drain)
+
+    def _make_queue(self) -> None:
+        with _making:  # two posts at once must not make two queues
+            if self._tasks is None:
+                self._tasks = deque()
+
+    def _drain(self) -> None:
+        tasks = self._tasks
+        assert tasks is not None
+        if not tasks or not self._running.acquire(False):
+            return
+        try:
+            for _ in range(len(tasks)):
+                function, args = tasks.popleft()
+                function(*args)
+        finally:
+            self.leave()
+
+
+_making = threading.Lock()

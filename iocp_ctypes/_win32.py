@@ -1,0 +1,285 @@
+"""L1: structures, constants and prototypes of kernel32, ntdll and ws2_32. No state, no policy.
+
+Laws
+1. Spelling and types are Microsoft's; field widths are exact (DWORD is 32 bits on every system), pointer-sized
+   fields come from ctypes, so the structures are right on 32- and 64-bit Windows and can be tested anywhere.
+2. The DLLs are opened by this module: prototypes set on `ctypes.windll` by others do not touch ours.
+3. `use_last_error`: an error code is read with `get_last_error()`, at once, and only after a failure.
+4. Each prototype says: the C shape, who writes what, what failure looks like, whether it blocks, the source.
+5. Four functions are called for every message. For these a second function object without argtypes exists (`HOT`):
+   ctypes then takes ready-made `byref` objects and small ints as they are, which costs 0.3 us a call against 0.9 us.
+   Handles go to them only as the object `handle_argument` makes, because a bare int would be cut to 32 bits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from ctypes import POINTER, c_char_p, c_int, c_int32, c_size_t, c_uint8, c_uint16, c_uint32, c_void_p
+from typing import Any, Final
+
+BOOL = c_int32
+DWORD = c_uint32
+ULONG = c_uint32
+NTSTATUS = c_int32
+ULONG_PTR = c_size_t
+HANDLE = c_size_t
+SOCKET = c_size_t
+
+INVALID_SOCKET: Final = (1 << (8 * ctypes.sizeof(SOCKET))) - 1
+INVALID_HANDLE_VALUE: Final = (1 << (8 * ctypes.sizeof(HANDLE))) - 1
+INFINITE: Final = 0xFFFFFFFF
+WAIT_TIMEOUT: Final = 258
+ERROR_NOT_FOUND: Final = 1168
+
+AF_INET: Final = 2
+AF_INET6: Final = 23
+SOCK_STREAM: Final = 1
+IPPROTO_TCP: Final = 6
+SOL_SOCKET: Final = 0xFFFF
+SO_LINGER: Final = 0x0080
+SO_CONNECT_TIME: Final = 0x700C
+SO_UPDATE_ACCEPT_CONTEXT: Final = 0x700B
+SO_PROTOCOL_INFOW: Final = 0x2005
+TCP_NODELAY: Final = 0x0001
+SD_SEND: Final = 1
+SIO_GET_EXTENSION_FUNCTION_POINTER: Final = 0xC8000006
+SIO_KEEPALIVE_VALS: Final = 0x98000004
+WSA_FLAG_OVERLAPPED: Final = 0x01
+WSA_FLAG_NO_HANDLE_INHERIT: Final = 0x80
+XP1_IFS_HANDLES: Final = 0x00020000
+FILE_SKIP_COMPLETION_PORT_ON_SUCCESS: Final = 0x1
+FILE_SKIP_SET_EVENT_ON_HANDLE: Final = 0x2
+CONNECT_TIME_NOT_CONNECTED: Final = 0xFFFFFFFF
+WINSOCK_VERSION: Final = 0x0202
+
+
+class OVERLAPPED(ctypes.Structure):
+    """minwinbase.h. The kernel writes Internal (the NTSTATUS) and InternalHigh (bytes) until the packet is queued."""
+
+    _fields_ = (
+        ("Internal", ULONG_PTR),
+        ("InternalHigh", ULONG_PTR),
+        ("Offset", DWORD),
+        ("OffsetHigh", DWORD),
+        ("hEvent", HANDLE),
+    )
+
+
+class OVERLAPPED_ENTRY(ctypes.Structure):
+    """minwinbase.h. What GetQueuedCompletionStatusEx fills; Internal is documented as reserved."""
+
+    _fields_ = (
+        ("lpCompletionKey", ULONG_PTR),
+        ("lpOverlapped", ULONG_PTR),
+        ("Internal", ULONG_PTR),
+        ("dwNumberOfBytesTransferred", DWORD),
+    )
+
+
+class WSABUF(ctypes.Structure):
+    """ws2def.h. A buffer of a scatter or gather list."""
+
+    _fields_ = (("len", ULONG), ("buf", c_void_p))
+
+
+class TRANSFER(OVERLAPPED):
+    """Ours: an OVERLAPPED, the one WSABUF and the flags of a send or receive in one block of memory.
+
+    `len` and `buf` have WSABUF's layout; `buf` takes a bytes object or an address.
+    """
+
+    _fields_ = (("len", ULONG), ("buf", c_char_p), ("flags", DWORD))
+
+
+class GUID(ctypes.Structure):
+    """guiddef.h."""
+
+    _fields_ = (("Data1", DWORD), ("Data2", c_uint16), ("Data3", c_uint16), ("Data4", c_uint8 * 8))
+
+
+class LINGER(ctypes.Structure):
+    """winsock2.h."""
+
+    _fields_ = (("l_onoff", c_uint16), ("l_linger", c_uint16))
+
+
+class TCP_KEEPALIVE(ctypes.Structure):
+    """mstcpip.h, struct tcp_keepalive; times in milliseconds."""
+
+    _fields_ = (("onoff", ULONG), ("keepalivetime", ULONG), ("keepaliveinterval", ULONG))
+
+
+class WSAPROTOCOLCHAIN(ctypes.Structure):
+    """winsock2.h."""
+
+    _fields_ = (("ChainLen", c_int32), ("ChainEntries", DWORD * 7))
+
+
+class WSAPROTOCOL_INFOW(ctypes.Structure):
+    """winsock2.h; szProtocol is 256 UTF-16 units."""
+
+    _fields_ = (
+        ("dwServiceFlags1", DWORD),
+        ("dwServiceFlags2", DWORD),
+        ("dwServiceFlags3", DWORD),
+        ("dwServiceFlags4", DWORD),
+        ("dwProviderFlags", DWORD),
+        ("ProviderId", GUID),
+        ("dwCatalogEntryId", DWORD),
+        ("ProtocolChain", WSAPROTOCOLCHAIN),
+        ("iVersion", c_int32),
+        ("iAddressFamily", c_int32),
+        ("iMaxSockAddr", c_int32),
+        ("iMinSockAddr", c_int32),
+        ("iSocketType", c_int32),
+        ("iProtocol", c_int32),
+        ("iProtocolMaxOffset", c_int32),
+        ("iNetworkByteOrder", c_int32),
+        ("iSecurityScheme", c_int32),
+        ("dwMessageSize", DWORD),
+        ("dwProviderReserved", DWORD),
+        ("szProtocol", c_uint16 * 256),
+    )
+
+
+#: Bytes of a SOCKADDR_STORAGE; AcceptEx wants 16 more for each of its two addresses.
+SOCKADDR_STORAGE_SIZE: Final = 128
+ACCEPT_ADDRESS_SIZE: Final = SOCKADDR_STORAGE_SIZE + 16
+
+WSAID_ACCEPTEX: Final = GUID(
+    0xB5367DF1, 0xCBAC, 0x11CF, (c_uint8 * 8)(0x95, 0xCA, 0x00, 0x80, 0x5F, 0x48, 0xA1, 0x92)
+)
+WSAID_GETACCEPTEXSOCKADDRS: Final = GUID(
+    0xB5367DF2, 0xCBAC, 0x11CF, (c_uint8 * 8)(0x95, 0xCA, 0x00, 0x80, 0x5F, 0x48, 0xA1, 0x92)
+)
+
+
+def handle_argument(handle: int) -> Any:
+    """Make the argument under which a HOT function takes a handle or socket: pointer-sized, made once per handle."""
+    return c_void_p.from_param(handle)
+
+
+if sys.platform == "win32":
+    from ctypes import WINFUNCTYPE, WinDLL, get_last_error
+
+    _kernel32 = WinDLL("kernel32", use_last_error=True)
+    _ws2_32 = WinDLL("ws2_32", use_last_error=True)
+    _ntdll = WinDLL("ntdll")
+
+    def _bind(dll: WinDLL, name: str, restype: Any, *argtypes: Any) -> Any:
+        function = getattr(dll, name)
+        function.restype = restype
+        function.argtypes = argtypes
+        return function
+
+    # HANDLE CreateIoCompletionPort(HANDLE FileHandle, HANDLE ExistingPort, ULONG_PTR Key, DWORD NumberOfThreads)
+    # 0 on failure. Does not block. learn.microsoft.com/windows/win32/fileio/createiocompletionport
+    CreateIoCompletionPort = _bind(
+        _kernel32, "CreateIoCompletionPort", HANDLE, HANDLE, HANDLE, ULONG_PTR, DWORD
+    )
+    # BOOL GetQueuedCompletionStatusEx(HANDLE, OVERLAPPED_ENTRY *out, ULONG count, ULONG *removed out, DWORD ms, BOOL)
+    # FALSE on failure and on time-out (WAIT_TIMEOUT). Blocks up to ms.
+    # learn.microsoft.com/windows/win32/fileio/getqueuedcompletionstatusex-func
+    GetQueuedCompletionStatusEx = _bind(
+        _kernel32, "GetQueuedCompletionStatusEx", BOOL,
+        HANDLE, POINTER(OVERLAPPED_ENTRY), ULONG, POINTER(ULONG), DWORD, BOOL,
+    )
+    # BOOL PostQueuedCompletionStatus(HANDLE, DWORD bytes, ULONG_PTR key, OVERLAPPED *)
+    # FALSE on failure. Does not block. learn.microsoft.com/windows/win32/fileio/postqueuedcompletionstatus
+    PostQueuedCompletionStatus = _bind(
+        _kernel32, "PostQueuedCompletionStatus", BOOL, HANDLE, DWORD, ULONG_PTR, c_void_p
+    )
+    # BOOL CloseHandle(HANDLE). FALSE on failure. learn.microsoft.com/windows/win32/api/handleapi/nf-handleapi-closehandle
+    CloseHandle = _bind(_kernel32, "CloseHandle", BOOL, HANDLE)
+    # BOOL CancelIoEx(HANDLE, OVERLAPPED *or NULL for all of the handle). FALSE with ERROR_NOT_FOUND where nothing was
+    # pending; the operations still complete through the port. Does not block.
+    # learn.microsoft.com/windows/win32/fileio/cancelioex-func
+    CancelIoEx = _bind(_kernel32, "CancelIoEx", BOOL, HANDLE, c_void_p)
+    # BOOL SetFileCompletionNotificationModes(HANDLE, UCHAR flags). FALSE on failure. Does not block.
+    # learn.microsoft.com/windows/win32/api/winbase/nf-winbase-setfilecompletionnotificationmodes
+    SetFileCompletionNotificationModes = _bind(
+        _kernel32, "SetFileCompletionNotificationModes", BOOL, HANDLE, c_uint8
+    )
+    # BOOL GetProcessHandleCount(HANDLE process, DWORD *out). FALSE on failure.
+    # learn.microsoft.com/windows/win32/api/processthreadsapi/nf-processthreadsapi-getprocesshandlecount
+    GetProcessHandleCount = _bind(_kernel32, "GetProcessHandleCount", BOOL, HANDLE, POINTER(DWORD))
+    # HANDLE GetCurrentProcess(void). A pseudo handle; cannot fail.
+    # learn.microsoft.com/windows/win32/api/processthreadsapi/nf-processthreadsapi-getcurrentprocess
+    GetCurrentProcess = _bind(_kernel32, "GetCurrentProcess", HANDLE)
+    # ULONG RtlNtStatusToDosError(NTSTATUS). ERROR_MR_MID_NOT_FOUND (317) where there is no such code.
+    # learn.microsoft.com/windows/win32/api/winternl/nf-winternl-rtlntstatustodoserror
+    RtlNtStatusToDosError = _bind(_ntdll, "RtlNtStatusToDosError", ULONG, NTSTATUS)
+
+    # int WSAStartup(WORD version, WSADATA *out, 408 bytes at the most). Nonzero is the error code.
+    # learn.microsoft.com/windows/win32/api/winsock/nf-winsock-wsastartup
+    WSAStartup = _bind(_ws2_32, "WSAStartup", c_int, c_uint16, c_void_p)
+    # SOCKET WSASocketW(int family, int type, int protocol, WSAPROTOCOL_INFOW *, GROUP, DWORD flags)
+    # INVALID_SOCKET on failure. Does not block. learn.microsoft.com/windows/win32/api/winsock2/nf-winsock2-wsasocketw
+    WSASocketW = _bind(_ws2_32, "WSASocketW", SOCKET, c_int, c_int, c_int, c_void_p, DWORD, DWORD)
+    # int closesocket(SOCKET). SOCKET_ERROR on failure. Does not block without SO_LINGER.
+    # learn.microsoft.com/windows/win32/api/winsock2/nf-winsock2-closesocket
+    closesocket = _bind(_ws2_32, "closesocket", c_int, SOCKET)
+    # int shutdown(SOCKET, int how). SOCKET_ERROR on failure. Does not block.
+    # learn.microsoft.com/windows/win32/api/winsock2/nf-winsock2-shutdown
+    shutdown = _bind(_ws2_32, "shutdown", c_int, SOCKET, c_int)
+    # int setsockopt(SOCKET, int level, int name, const char *value, int length). SOCKET_ERROR on failure.
+    # learn.microsoft.com/windows/win32/api/winsock2/nf-winsock2-setsockopt
+    setsockopt = _bind(_ws2_32, "setsockopt", c_int, SOCKET, c_int, c_int, c_void_p, c_int)
+    # int getsockopt(SOCKET, int level, int name, char *value out, int *length in out). SOCKET_ERROR on failure.
+    # learn.microsoft.com/windows/win32/api/winsock2/nf-winsock2-getsockopt
+    getsockopt = _bind(_ws2_32, "getsockopt", c_int, SOCKET, c_int, c_int, c_void_p, POINTER(c_int))
+    # int getpeername(SOCKET, sockaddr *out, int *length in out). SOCKET_ERROR on failure.
+    # learn.microsoft.com/windows/win32/api/winsock2/nf-winsock2-getpeername
+    getpeername = _bind(_ws2_32, "getpeername", c_int, SOCKET, c_void_p, POINTER(c_int))
+    # int WSAIoctl(SOCKET, DWORD code, void *in, DWORD, void *out, DWORD, DWORD *returned, OVERLAPPED *, routine)
+    # SOCKET_ERROR on failure. The codes used here do not block.
+    # learn.microsoft.com/windows/win32/api/winsock2/nf-winsock2-wsaioctl
+    WSAIoctl = _bind(
+        _ws2_32, "WSAIoctl", c_int,
+        SOCKET, DWORD, c_void_p, DWORD, c_void_p, DWORD, POINTER(DWORD), c_void_p, c_void_p,
+    )
+    # int WSARecv(SOCKET, WSABUF *, DWORD count, DWORD *received, DWORD *flags in out, OVERLAPPED *, routine)
+    # SOCKET_ERROR on failure, WSA_IO_PENDING among them; buffers and OVERLAPPED belong to the kernel until the packet.
+    # `received` is NULL with an OVERLAPPED, as documented. learn.microsoft.com/windows/win32/api/winsock2/nf-winsock2-wsarecv
+    WSARecv = _bind(
+        _ws2_32, "WSARecv", c_int, SOCKET, c_void_p, DWORD, POINTER(DWORD), c_void_p, c_void_p, c_void_p
+    )
+    # int WSASend(SOCKET, WSABUF *, DWORD count, DWORD *sent, DWORD flags, OVERLAPPED *, routine)
+    # As WSARecv. learn.microsoft.com/windows/win32/api/winsock2/nf-winsock2-wsasend
+    WSASend = _bind(
+        _ws2_32, "WSASend", c_int, SOCKET, c_void_p, DWORD, POINTER(DWORD), DWORD, c_void_p, c_void_p
+    )
+    # BOOL AcceptEx(SOCKET listener, SOCKET accept, void *buffer out, DWORD data, DWORD local, DWORD remote,
+    #               DWORD *received, OVERLAPPED *). FALSE on failure, ERROR_IO_PENDING among them.
+    # learn.microsoft.com/windows/win32/api/mswsock/nf-mswsock-acceptex
+    ACCEPTEX = WINFUNCTYPE(
+        BOOL, SOCKET, SOCKET, c_void_p, DWORD, DWORD, DWORD, POINTER(DWORD), c_void_p, use_last_error=True
+    )
+    # void GetAcceptExSockaddrs(void *buffer, DWORD data, DWORD local, DWORD remote, sockaddr **local out,
+    #                           int *length out, sockaddr **remote out, int *length out). Pointers into the buffer.
+    # learn.microsoft.com/windows/win32/api/mswsock/nf-mswsock-getacceptexsockaddrs
+    GETACCEPTEXSOCKADDRS = WINFUNCTYPE(
+        None, c_void_p, DWORD, DWORD, DWORD, POINTER(c_void_p), POINTER(c_int), POINTER(c_void_p), POINTER(c_int)
+    )
+
+    # The second function objects of law 5: same functions, no argtypes, callers hand over ready-made arguments.
+    _hot_kernel32 = WinDLL("kernel32", use_last_error=True)
+    _hot_ws2_32 = WinDLL("ws2_32", use_last_error=True)
+    hot_reap = _hot_kernel32.GetQueuedCompletionStatusEx
+    hot_receive = _hot_ws2_32.WSARecv
+    hot_send = _hot_ws2_32.WSASend
+    HOT: Final = (hot_reap, hot_receive, hot_send)
+
+    def is_wine() -> bool:
+        """Return whether this Windows is Wine, where some extensions differ (tests/windows.md lists them)."""
+        return hasattr(_ntdll, "wine_get_version")
+else:
+
+    def get_last_error() -> int:
+        """Raise: there is no Windows below."""
+        raise ImportError(f"iocp_ctypes needs Windows: {sys.platform} has no completion ports")
+
+    def is_wine() -> bool:
+        """Return False: this is not Windows at all."""
+        return False

@@ -1,0 +1,167 @@
+"""L5: Engine: one completion port with its I/O threads and its watchdog.
+
+Laws
+1. Servers and clients of a process share one engine unless they are given one or name their own `io_threads`.
+2. An engine counts its users; the shared one stops with the last of them and is made anew for the next.
+3. When the interpreter ends, engines still running are stopped first: a script that forgets to stop a server exits.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any, Final
+
+from ._dispatcher import Dispatcher
+from ._options import check_option
+from ._port import CompletionPort
+from ._proactor import Proactor
+from ._stats import EngineStats
+from .watchdog import Watchdog
+
+#: Seconds an engine's threads get to end at stop; a callback that blocks for longer is left behind.
+STOP_TIMEOUT: Final = 5.0
+#: Seconds they get when the interpreter ends.
+EXIT_TIMEOUT: Final = 1.0
+
+
+def default_io_threads() -> int:
+    """How many I/O threads serve at a time with `io_threads=0`: one under a GIL, else one per processor."""
+    gil = getattr(sys, "_is_gil_enabled", None)
+    if gil is None or gil():
+        return 1
+    return max(1, os.cpu_count() or 1)
+
+
+class Engine:
+    """A completion port, its threads and its watchdog. Thread-safe; nothing here but `stop` blocks."""
+
+    def __init__(self, io_threads: int = 0) -> None:
+        """Make an engine; it starts with its first user.
+
+        Args:
+            io_threads: I/O threads that serve at a time, 0 to 256; 0: sized from the processors.
+        """
+        check_option("io_threads", io_threads)
+        running = io_threads or default_io_threads()
+        self.port = CompletionPort(concurrency=running)
+        self.proactor = Proactor()
+        self.watchdog = Watchdog()
+        self.dispatcher = Dispatcher(self.port, self.proactor, running, self.watchdog.later)
+        self._lock = threading.Lock()
+        self._started = False
+        self._stopped = False
+        self._exit_actions: dict[int, Callable[[], None]] = {}
+        self._retries = 0
+
+    @property
+    def running(self) -> bool:
+        """Whether users may enter: true until the last has left."""
+        return not self._stopped
+
+    @property
+    def ops_pending(self) -> int:
+        """How many operations the kernel has."""
+        return len(self.proactor.pending)
+
+    def count_retry(self) -> None:
+        """Note that a call was put off because the system was short of something."""
+        with self._lock:
+            self._retries += 1
+
+    def enter(self, user: Any, at_exit: Callable[[], None]) -> None:
+        """Begin to use the engine; `at_exit` is called when the interpreter ends before `leave` was."""
+        with self._lock:
+            if self._stopped:
+                raise RuntimeError("this engine has been stopped: make another")
+            self._exit_actions[id(user)] = at_exit
+            if not self._started:
+                self._started = True
+                self.watchdog.start()
+                self.dispatcher.start()
+                with _engines_lock:
+                    _engines.add(self)
+
+    def leave(self, user: Any, timeout: float = STOP_TIMEOUT) -> bool:
+        """End using the engine; the last one out stops it. Blocks up to `timeout` seconds then.
+
+        Returns:
+            True where the engine goes on for others, or all its threads have ended.
+        """
+        with self._lock:
+            if self._exit_actions.pop(id(user), None) is None or self._exit_actions:
+                return True
+            self._stopped = True
+        return self._stop(timeout)
+
+    def _stop(self, timeout: float) -> bool:
+        deadline = time.monotonic() + timeout
+        # What the kernel still has must come back before the port closes; it was cancelled by those who left.
+        while self.ops_pending and time.monotonic() < deadline and not self.dispatcher.is_io_thread():
+            time.sleep(0.005)
+        ended = self.dispatcher.stop(max(0.1, deadline - time.monotonic()))
+        ended = self.watchdog.stop(max(0.1, deadline - time.monotonic())) and ended
+        if ended and not self.ops_pending and not self.dispatcher.is_io_thread():
+            self.port.close()
+        with _engines_lock:
+            _engines.discard(self)
+        return ended
+
+    def stop_at_exit(self) -> None:
+        """Tell all users that the interpreter ends, then stop."""
+        for action in list(self._exit_actions.values()):
+            action()
+        with self._lock:
+            already, self._stopped = self._stopped, True
+        if not already:
+            self._stop(EXIT_TIMEOUT)
+
+    def stats(self) -> EngineStats:
+        """Return the figures of this instant."""
+        dispatcher = self.dispatcher
+        return EngineStats(
+            io_threads=dispatcher.threads,
+            stalled_threads=dispatcher.stalled,
+            ops_pending=self.ops_pending,
+            packets=dispatcher.packets,
+            reaps=dispatcher.reaps,
+            handoffs=dispatcher.handoffs,
+            resource_retries=self._retries,
+        )
+
+
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+_engines_lock = threading.Lock()
+_shared: Engine | None = None
+_shared_lock = threading.Lock()
+
+
+def enter_engine(user: Any, at_exit: Callable[[], None], given: Engine | None, io_threads: int) -> Engine:
+    """Enter the engine a user is to have: the given one, one of its own for its `io_threads`, or the shared one."""
+    global _shared
+    if given is not None or io_threads:
+        engine = given if given is not None else Engine(io_threads)
+        engine.enter(user, at_exit)
+        return engine
+    with _shared_lock:  # so that the last user of the shared engine cannot leave between the look and the entering
+        if _shared is None or not _shared.running:
+            _shared = Engine()
+        _shared.enter(user, at_exit)
+        return _shared
+
+
+def _at_exit() -> None:
+    with _engines_lock:
+        running = list(_engines)
+    for engine in running:
+        engine.stop_at_exit()
+
+
+# The I/O threads are not daemons, so the interpreter waits for them; this hook runs before it does. It exists on all
+# supported versions (concurrent.futures relies on it); atexit would come too late and serves only as the fallback.
+getattr(threading, "_register_atexit", atexit.register)(_at_exit)

@@ -1,0 +1,579 @@
+"""L6: Server: listening sockets, the connections they bring, and the way they all end.
+
+Laws
+1. Addresses, handler and options are checked before a socket exists; sockets are bound before the constructor returns.
+2. `_lock` guards the counts and the table of connections; no user code and no native call runs under it.
+3. A connection is counted from the moment it was accepted until its on_close has returned.
+4. Stopping has one way: stop accepting, close gracefully, abort what is left at the deadline, leave the engine.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, overload
+
+from ._acceptor import SILENT_LOOK_MAX, Acceptor
+from ._addresses import Address, check_address, format_address, is_one_address, parse_sockaddr, resolve_listening
+from ._channel import Home
+from ._errors import ConnectionClosedError
+from ._lifecycle import CloseReason
+from ._options import ServerOptions, Settings, Usage, change, make_settings
+from ._sockops import ListeningSocket, OverlappedSocket, listen
+from ._stats import Stats
+from .connection import Buffer, Connection, as_bytes
+from .engine import Engine, enter_engine
+from .workers import WorkThreads
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Handler = type[Connection] | Callable[["Server", Address], Connection]
+T = TypeVar("T")
+
+#: Seconds that Ctrl-C leaves for a graceful end; with the poll interval it makes less than half a second.
+INTERRUPT_TIMEOUT: Final = 0.15
+#: Seconds for the packets of aborted connections to come back.
+ABORT_TIMEOUT: Final = 1.0
+#: listen_backlog where the user names none; above 200 Windows takes the number as it is (SOMAXCONN_HINT).
+LISTEN_BACKLOG_MIN: Final = 200
+#: Reasons for which the watchdog ends a connection.
+REAPED: Final = (CloseReason.SILENT, CloseReason.IDLE, CloseReason.DEADLINE)
+
+log = logging.getLogger("iocp_ctypes")
+
+
+class _Live(Generic[T]):
+    """An option that may change while the server runs; it holds for the connections to come."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, server: None, owner: type[Server]) -> _Live[T]: ...
+    @overload
+    def __get__(self, server: Server, owner: type[Server]) -> T: ...
+    def __get__(self, server: Server | None, owner: type[Server]) -> _Live[T] | T:
+        if server is None:
+            return self
+        value: T = getattr(server._settings, self._name)
+        return value
+
+    def __set__(self, server: Server, value: T) -> None:
+        server._change(self._name, value)
+
+
+class Server:
+    """A TCP server on a completion port.
+
+    Use `serve_forever()`, or `start()` and `stop()`, or a `with` block, which starts and stops it. Thread-safe.
+    """
+
+    silent_timeout = _Live[float | None]("silent_timeout")
+    idle_timeout = _Live[float | None]("idle_timeout")
+    linger_timeout = _Live[float]("linger_timeout")
+    max_connections = _Live[int | None]("max_connections")
+    max_per_host = _Live[int | None]("max_per_host")
+    recv_mode = _Live[str]("recv_mode")
+    high_mark = _Live[int]("high_mark")
+    low_mark = _Live[int]("low_mark")
+    write_buffer_max = _Live[int]("write_buffer_max")
+
+    def __init__(
+        self,
+        address: Any,
+        handler: Handler = Connection,
+        *,
+        engine: Engine | None = None,
+        **options: Unpack[ServerOptions],
+    ) -> None:
+        """Bind and listen; nothing is accepted before `start`.
+
+        Args:
+            address: (host, port), an iterable of several, or a bound stream socket. Host "" is every interface, IPv4
+                and IPv6; port 0 is any that is free.
+            handler: a Connection subclass, or a factory called with (server, peer_address) that returns a Connection.
+            engine: whose threads to use; None: the engine of the process, or one of its own where `io_threads` is
+                named.
+            options: see `iocp_ctypes.OPTIONS`.
+
+        Raises:
+            TypeError, ValueError: an option, an address or the handler is wrong; the message says what is allowed.
+            OSError: an address cannot be had; the message names it.
+
+        May ask the name service for the host, and blocks while it does.
+        """
+        self._settings: Settings = make_settings(options)
+        self._handler = _check_handler(handler)
+        if engine is not None and not isinstance(engine, Engine):
+            raise TypeError(f"engine={engine!r}: must be an Engine or None")
+        if engine is not None and self._settings.io_threads:
+            raise ValueError(
+                f"io_threads={self._settings.io_threads}: the given engine has its threads; leave one of the two out"
+            )
+        self._given_engine = engine
+        self._engine: Engine | None = None
+        self._sockets = self._listen(_check_addresses(address))
+        self._addresses: tuple[Address, ...] = tuple(sock.getsockname() for sock in self._sockets)
+        self._lock = threading.Lock()
+        self._gone_one = threading.Condition(self._lock)
+        self._connections: dict[int, Connection] = {}
+        self._open = 0
+        self._peak = 0
+        self._hosts: Counter[str] = Counter()
+        self._counts: Counter[str] = Counter()
+        self._closed: Counter[str] = Counter()
+        self._bytes_received = 0
+        self._bytes_sent = 0
+        self._acceptor: Acceptor | None = None
+        self._workers: WorkThreads | None = None
+        self._home: Home | None = None
+        self._stopping = False
+        self._stopped = threading.Event()
+        self._shutdown_wanted = threading.Event()
+        self._fatal: BaseException | None = None
+
+    def _listen(self, addresses: list[Address | socket.socket]) -> list[socket.socket]:
+        settings = self._settings
+        backlog = settings.listen_backlog or max(LISTEN_BACKLOG_MIN, settings.backlog)
+        made: list[socket.socket] = []
+        try:
+            for address in addresses:
+                if isinstance(address, socket.socket):
+                    address.listen(backlog)
+                    made.append(address)
+                    continue
+                for family, place, dualstack in resolve_listening(address, settings.dualstack):
+                    made.append(listen(family, place, backlog, settings.exclusive, dualstack))
+        except BaseException:
+            for sock in made:
+                sock.close()
+            raise
+        return made
+
+    # -- running -----------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to accept, and return at once. RuntimeError where it was started or stopped before."""
+        with self._lock:
+            if self._engine is not None or self._stopping:
+                raise RuntimeError("this server was started before: make another")
+            settings = self._settings
+            engine = self._engine = enter_engine(self, self._at_exit, self._given_engine, settings.io_threads)
+            workers = self._workers = WorkThreads(settings.work_threads) if settings.work_threads else None
+            self._home = Home(
+                engine=engine,
+                gone=self._gone,
+                failed=self._callback_failed,
+                executor=workers.executor if workers else None,
+                is_callback_thread=self._is_callback_thread,
+            )
+            self._acceptor = Acceptor(
+                [ListeningSocket(sock, engine.proactor, engine.port) for sock in self._sockets],
+                engine.watchdog, settings.backlog, settings.accept_data, self._room, self._admit, self._accepted,
+            )
+        if workers:
+            workers.start()
+        self._acceptor.top_up()
+        if settings.accept_data:
+            self._look_for_silent()
+        log.debug("listening on %s", ", ".join(format_address(address) for address in self.addresses))
+
+    def serve_forever(self, poll_interval: float = 0.25) -> None:
+        """Serve until `shutdown`, `stop` or Ctrl-C, then stop. Starts the server where `start` was not called.
+
+        Args:
+            poll_interval: seconds between two looks for Ctrl-C, which Windows does not let through while a thread
+                waits.
+
+        Ctrl-C returns as `shutdown` does. SystemExit or KeyboardInterrupt raised by a callback is raised again here.
+        Blocks; from the main thread, if Ctrl-C shall work.
+        """
+        if self._engine is None:
+            self.start()
+        timeout = 5.0
+        try:
+            while not self._shutdown_wanted.wait(poll_interval):
+                pass
+        except KeyboardInterrupt:
+            timeout = INTERRUPT_TIMEOUT
+        self.stop(timeout)
+        if self._fatal is not None:
+            raise self._fatal
+
+    def shutdown(self) -> None:
+        """Make `serve_forever` stop the server and return. Any thread; does not block."""
+        self._shutdown_wanted.set()
+
+    def stop(self, timeout: float = 5.0) -> bool:
+        """Stop accepting, close all connections gracefully, abort at the deadline those that are left, end the threads.
+
+        Args:
+            timeout: seconds for the graceful part.
+
+        Returns:
+            True where every connection's on_close has returned and all threads have ended. From a callback: False, for
+            the rest happens on another thread after the callback has returned.
+
+        Any thread; blocks for `timeout` and up to two seconds more.
+        """
+        if self._home is not None and self._is_callback_thread():
+            self._shutdown_wanted.set()
+            threading.Thread(target=self.stop, args=(timeout,), name="iocp_ctypes stop").start()
+            return False
+        with self._lock:
+            first, self._stopping = not self._stopping, True
+        if not first:
+            return self._stopped.wait(timeout + 2 * ABORT_TIMEOUT)
+        self._shutdown_wanted.set()
+        self.server_close()
+        deadline = monotonic() + timeout
+        for connection in self.connections:
+            connection._shutdown()
+        gone = self._wait_gone(deadline)
+        if not gone:
+            for connection in self.connections:
+                connection._abort(CloseReason.SHUTDOWN)
+            gone = self._wait_gone(monotonic() + ABORT_TIMEOUT)
+        ended = self._workers.stop(ABORT_TIMEOUT) if self._workers else True
+        if self._engine is not None:
+            ended = self._engine.leave(self, ABORT_TIMEOUT) and ended
+        self._stopped.set()
+        return gone and ended
+
+    def server_close(self) -> None:
+        """Stop listening; connections go on. Any thread; does not block."""
+        if self._acceptor is not None:
+            self._acceptor.close()
+        else:
+            for sock in self._sockets:
+                sock.close()
+
+    def _wait_gone(self, deadline: float) -> bool:
+        with self._gone_one:
+            while self._open and (left := deadline - monotonic()) > 0:
+                self._gone_one.wait(min(left, 0.25))
+            return not self._open
+
+    def _at_exit(self) -> None:
+        self.stop(0.5)
+
+    def __enter__(self) -> Server:
+        """Start the server."""
+        self.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Stop the server."""
+        self.stop()
+
+    # -- accepting, on the I/O threads -------------------------------------------------------------------------------
+
+    def _room(self) -> int:
+        most = self._settings.max_connections
+        return 1 << 30 if most is None else most - self._open
+
+    def _admit(self) -> None:
+        with self._lock:
+            self._open += 1
+            self._peak = max(self._peak, self._open)
+
+    def _release(self, what: str) -> None:
+        with self._gone_one:
+            self._open -= 1
+            self._counts[what] += 1
+            self._gone_one.notify_all()
+        self._refill()
+
+    def _refill(self) -> None:
+        if self._settings.max_connections is not None and self._acceptor is not None:
+            self._acceptor.top_up()
+
+    def _accepted(self, sock: OverlappedSocket, first: bytes) -> None:
+        """Make a connection of an accepted socket, or turn it away."""
+        assert self._home is not None
+        settings = self._settings
+        peer = parse_sockaddr(sock.peer_raw)
+        if peer is None or self._stopping:
+            sock.close()
+            self._release("accept_failed")
+            return
+        if not self._welcome(peer, settings):
+            sock.reset_on_close()
+            sock.close()
+            self._release("refused")
+            return
+        try:
+            if settings.nodelay:
+                sock.set_nodelay(True)
+            if settings.keepalive is not None:
+                sock.set_keepalive(settings.keepalive)
+            sock.associate(self._home.engine.port)
+        except OSError as exc:
+            log.debug("%s was gone before it could be served: %s", format_address(peer), exc)
+            sock.close()
+            self._leave_host(peer)
+            self._release("accept_failed")
+            return
+        connection = self._make(peer, sock)
+        if connection is None:
+            return
+        connection._attach(self, self._home, sock, settings, peer)
+        with self._lock:
+            self._connections[connection.id] = connection
+            self._counts["accepted"] += 1
+            stopping = self._stopping
+        connection._start(first)
+        if stopping:  # it came while stop() was counting: it is told as well
+            connection._shutdown()
+
+    def _welcome(self, peer: Address, settings: Settings) -> bool:
+        host = peer[0]
+        with self._lock:
+            if settings.max_per_host is not None and self._hosts[host] >= settings.max_per_host:
+                return False
+            self._hosts[host] += 1
+        try:
+            if self.verify_request(peer):
+                return True
+        except Exception:
+            log.exception("verify_request raised for %s, which is refused", format_address(peer))
+        self._leave_host(peer)
+        return False
+
+    def _leave_host(self, peer: Address) -> None:
+        with self._lock:
+            self._hosts[peer[0]] -= 1
+            if not self._hosts[peer[0]]:
+                del self._hosts[peer[0]]
+
+    def _make(self, peer: Address, sock: OverlappedSocket) -> Connection | None:
+        try:
+            connection = self._handler(self, peer)
+            if not isinstance(connection, Connection):
+                raise TypeError(f"the handler returned {connection!r}, which is no Connection")
+            return connection
+        except Exception:
+            log.exception("the handler could not make a connection for %s", format_address(peer))
+            sock.reset_on_close()
+            sock.close()
+            self._leave_host(peer)
+            self._release("handler_failed")
+            return None
+
+    def _gone(self, connection: Connection) -> None:
+        """A connection's on_close has returned."""
+        self._leave_host(connection.peer_address)
+        with self._gone_one:
+            self._connections.pop(connection.id, None)
+            self._open -= 1
+            self._closed[str(connection.close_reason)] += 1
+            self._bytes_received += connection.bytes_received
+            self._bytes_sent += connection.bytes_sent
+            if self._stopping:
+                self._gone_one.notify_all()
+        self._refill()
+
+    def _callback_failed(self, connection: Connection, exc: BaseException) -> None:
+        if not isinstance(exc, Exception):
+            # SystemExit or KeyboardInterrupt: the program wants to end, and serve_forever is where it does.
+            self._fatal = exc
+            self._shutdown_wanted.set()
+            return
+        try:
+            self.handle_error(connection, exc)
+        except Exception:
+            log.exception("handle_error raised")
+
+    def _look_for_silent(self) -> None:
+        """Reap sockets that are connected and silent inside AcceptEx, every so often. On the watchdog's thread."""
+        acceptor, engine, timeout = self._acceptor, self._engine, self._settings.silent_timeout
+        if acceptor is None or engine is None or self._stopping:
+            return
+        if timeout is not None:
+            acceptor.reap_silent(timeout)
+        engine.watchdog.later(min(SILENT_LOOK_MAX, (timeout or SILENT_LOOK_MAX) / 4), self._look_for_silent)
+
+    def _is_callback_thread(self) -> bool:
+        engine, workers = self._engine, self._workers
+        return (engine is not None and engine.dispatcher.is_io_thread()) or (
+            workers is not None and workers.is_work_thread()
+        )
+
+    # -- for subclasses ------------------------------------------------------------------------------------------------
+
+    def verify_request(self, peer_address: Address) -> bool:
+        """Return False to refuse a peer, which sees a reset. On an I/O thread: do not block."""
+        return True
+
+    def handle_error(self, connection: Connection, exc: BaseException) -> None:
+        """A callback of a connection raised; the connection is closed with reason `error`. Logs it with its traceback.
+
+        On the thread of the callback.
+        """
+        local, peer = format_address(connection.local_address), format_address(connection.peer_address)
+        log.error("connection %d from %s to %s: a callback raised", connection.id, peer, local, exc_info=exc)
+
+    # -- what runs -----------------------------------------------------------------------------------------------------
+
+    @property
+    def address(self) -> Address:
+        """The first address this server listens on, with the port it got."""
+        return self._addresses[0]
+
+    @property
+    def addresses(self) -> tuple[Address, ...]:
+        """All addresses this server listens on."""
+        return self._addresses
+
+    @property
+    def engine(self) -> Engine | None:
+        """The engine this server runs on; None before `start`."""
+        return self._engine
+
+    @property
+    def connections(self) -> list[Connection]:
+        """The connections of this instant."""
+        with self._lock:
+            return list(self._connections.values())
+
+    def broadcast(self, data: Buffer, where: Callable[[Connection], bool] | None = None) -> int:
+        """Send the same bytes to all connections, or to those for which `where` is true; never blocks.
+
+        A peer that reads too slowly is closed with `overflow` once `write_buffer_max` bytes wait for it.
+
+        Returns:
+            To how many connections they were handed.
+        """
+        encoded = as_bytes(data)
+        reached = 0
+        for connection in self.connections:
+            if where is not None and not where(connection):
+                continue
+            try:
+                connection.send(encoded)
+                reached += 1
+            except ConnectionClosedError:
+                continue  # it ended a moment ago
+        return reached
+
+    def pause_accepting(self) -> None:
+        """Accept no more until `resume_accepting`; the kernel queues up to `listen_backlog` peers."""
+        if self._acceptor is not None:
+            self._acceptor.pause()
+
+    def resume_accepting(self) -> None:
+        """Accept again."""
+        if self._acceptor is not None:
+            self._acceptor.resume()
+
+    def close_clients(self) -> None:
+        """Close all connections gracefully."""
+        for connection in self.connections:
+            connection.close()
+
+    def abort_clients(self) -> None:
+        """Abort all connections."""
+        for connection in self.connections:
+            connection.abort()
+
+    # -- live tunables and figures ---------------------------------------------------------------------------------------
+
+    def _change(self, name: str, value: Any) -> None:
+        with self._lock:
+            self._settings = change(self._settings, **{name: value})
+        if name == "max_connections" and self._acceptor is not None:
+            self._acceptor.top_up()
+
+    @property
+    def backlog(self) -> Usage:
+        """AcceptEx operations: the cap and how many the kernel has; assign a whole number.
+
+        They are the whole server's, shared out over its addresses, at least one to each.
+        """
+        return self._acceptor.usage if self._acceptor else Usage(self._settings.backlog, 0)
+
+    @backlog.setter
+    def backlog(self, cap: int) -> None:
+        self._change("backlog", cap)
+        if self._acceptor is not None:
+            self._acceptor.set_cap(cap)
+
+    @property
+    def sendcap(self) -> Usage:
+        """The cap of concurrent WSASends of a new connection, and how many all connections have; assign the cap."""
+        return Usage(self._settings.sendcap, sum(connection.sendcap.in_use for connection in self.connections))
+
+    @sendcap.setter
+    def sendcap(self, cap: int) -> None:
+        self._change("sendcap", cap)
+
+    def stats(self) -> Stats:
+        """Return the figures of this instant. RuntimeError before `start`."""
+        acceptor, engine = self._acceptor, self._engine
+        if acceptor is None or engine is None:
+            raise RuntimeError("the server has not been started: there are no figures")
+        living = self.connections
+        with self._lock:
+            closed, counts = dict(self._closed), self._counts.copy()
+            received, sent, peak, is_open = self._bytes_received, self._bytes_sent, self._peak, self._open
+        return Stats(
+            connections=is_open,
+            connections_peak=peak,
+            accepted=counts["accepted"],
+            refused=counts["refused"],
+            accept_failed=acceptor.failed + counts["accept_failed"],
+            accept_unreplaced=acceptor.unreplaced,
+            backlog=acceptor.usage,
+            bytes_received=received + sum(connection.bytes_received for connection in living),
+            bytes_sent=sent + sum(connection.bytes_sent for connection in living),
+            closed=closed,
+            reaped=acceptor.reaped + sum(closed.get(reason.value, 0) for reason in REAPED),
+            last_accept=acceptor.last_accept,
+            work_queued=self._workers.queued() if self._workers else (),
+            engine=engine.stats(),
+        )
+
+
+def _check_handler(handler: Any) -> Handler:
+    if isinstance(handler, type):
+        good = issubclass(handler, Connection)
+    else:
+        good = callable(handler)
+    if not good:
+        raise TypeError(
+            f"handler={handler!r}: must be a subclass of Connection, or a function of (server, peer_address)"
+        )
+    checked: Handler = handler
+    return checked
+
+
+def _check_addresses(address: Any) -> list[Address | socket.socket]:
+    if is_one_address(address) or isinstance(address, socket.socket):
+        several: Iterable[Any] = [address]
+    elif isinstance(address, Iterable) and not isinstance(address, (str, bytes, tuple)):
+        several = list(address)
+    elif isinstance(address, tuple) and address and all(isinstance(part, (tuple, socket.socket)) for part in address):
+        several = address
+    else:
+        several = [address]
+    checked = [_check_socket(one) if isinstance(one, socket.socket) else check_address(one) for one in several]
+    if not checked:
+        raise ValueError(f"address={address!r}: names no address to listen on")
+    return checked
+
+
+def _check_socket(sock: socket.socket) -> socket.socket:
+    if sock.family not in (socket.AF_INET, socket.AF_INET6) or sock.type != socket.SOCK_STREAM:
+        raise ValueError(f"address={sock!r}: must be a bound IPv4 or IPv6 stream socket")
+    try:
+        port = sock.getsockname()[1]
+    except OSError:
+        port = 0
+    if not port:
+        raise ValueError(f"address={sock!r}: is not bound to an address yet")
+    return sock
