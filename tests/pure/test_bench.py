@@ -1,0 +1,246 @@
+"""The load generator and the report of the benchmark, on a small threaded echo server in this process."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import socketserver
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench import command, load, report, usage
+from bench.cycle import Address, Cycle, payload
+
+
+class Echo(socketserver.BaseRequestHandler):
+    """Echoes; `spoil` makes of a received piece what is sent back."""
+
+    def handle(self) -> None:
+        connection: socket.socket = self.request
+        try:
+            while data := connection.recv(65536):
+                connection.sendall(self.server.spoil(data))  # type: ignore[attr-defined]
+        except OSError:
+            pass
+
+
+class EchoServer(socketserver.ThreadingTCPServer):
+    daemon_threads = True
+    request_queue_size = 200
+
+    def spoil(self, data: bytes) -> bytes:
+        return data
+
+
+@pytest.fixture
+def server() -> Iterator[EchoServer]:
+    with EchoServer(("127.0.0.1", 0), Echo) as echo:
+        thread = threading.Thread(target=echo.serve_forever, args=(0.01,))
+        thread.start()
+        yield echo
+        echo.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def address(server: EchoServer) -> Address:
+    return ("127.0.0.1", server.server_address[1])
+
+
+def closed_address() -> Address:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+    return ("127.0.0.1", port)
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.0, 1), (0.5, 50), (0.99, 99), (1.0, 100)])
+def test_percentile_is_nearest_rank(share: float, expected: int) -> None:
+    assert load.percentile(range(1, 101), share) == expected
+
+
+def test_percentile_of_one_and_of_none() -> None:
+    assert load.percentile([7.0], 0.99) == 7.0
+    assert load.percentile([], 0.5) is None
+
+
+def test_fairness_is_smallest_over_mean() -> None:
+    assert load.fairness([4, 4, 4]) == 1.0
+    assert load.fairness([1, 3]) == 0.5
+    assert load.fairness([0, 9]) == 0.0
+    assert load.fairness([]) == load.fairness([0, 0]) == 0.0
+
+
+def test_payloads_have_one_size_and_differ() -> None:
+    messages = {payload(number) for number in range(1000)}
+    assert len(messages) == 1000
+    assert {len(message) for message in messages} == {64}
+
+
+def test_exchange_counts_every_client(address: Address) -> None:
+    result = load.exchange(address, clients=5, seconds=0.15, warmup=0.02)
+    assert result.failures == {}
+    assert result.starved == 0
+    assert result.exchanges >= 5
+    assert 0 < result.fairness <= 1
+    assert result.p50_us is not None
+    assert result.p99_us is not None
+    assert 0 < result.p50_us <= result.p99_us
+    assert result.per_s == pytest.approx(result.exchanges / result.seconds)
+
+
+def test_exchange_reads_the_processor_time_of_the_server(address: Address) -> None:
+    if usage.cpu([os.getpid()]) is None:
+        pytest.skip("this system has no reading of processor time by process id")
+    result = load.exchange(address, 2, 0.1, 0.0, usage.Watched(server=(os.getpid(),)))
+    assert result.cost.user_us is not None
+    assert result.cost.user_us >= 0
+
+
+def test_a_wrong_echo_is_a_failure(server: EchoServer, address: Address) -> None:
+    server.spoil = bytes.upper  # type: ignore[method-assign]
+    result = load.exchange(address, clients=3, seconds=0.05, warmup=0.0)
+    assert result.failures == {"wrong echo": 3}
+    assert (result.exchanges, result.starved, result.fairness) == (0, 3, 0.0)
+
+
+def test_an_echo_in_pieces_is_whole_in_the_end(server: EchoServer, address: Address) -> None:
+    client = load.Client(socket.socket(), 3)
+    with client.sock:
+        assert load._take(client, client.message[:10]) == ""
+        assert load._take(client, client.message[10:]) is None
+        assert load._take(client, b"X") == "wrong echo"
+        assert load._take(client, b"") == "closed by the server"
+
+
+def test_churn_counts_whole_cycles(address: Address) -> None:
+    result = load.churn(address, parallel=4, seconds=0.15, warmup=0.02)
+    assert result.failures == {}
+    assert result.connections > 4
+
+
+def test_storm_ends_with_the_last_connection(address: Address) -> None:
+    result = load.storm(address, count=100, parallel=50)
+    assert (result.connections, result.failures) == (100, {})
+
+
+def test_a_refusal_is_counted_for_each_connection() -> None:
+    result = load.storm(closed_address(), count=5, parallel=2)
+    assert result.connections == 0
+    assert sum(result.failures.values()) == 5
+    assert all(reason == "connect ECONNREFUSED" for reason in result.failures)
+
+
+def test_a_silent_server_is_counted() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        cycle = Cycle(("127.0.0.1", listener.getsockname()[1]), 3, socket.socket.close, timeout_s=0.05)
+        assert cycle.run(5.0, 3) == 0
+        cycle.drain(2.0)
+    assert cycle.failures == {"no echo in time": 3}
+    assert cycle.latencies_s == []
+
+
+def test_bulk_verifies_the_checksum(address: Address) -> None:
+    result = load.bulk(address, mib=2)
+    assert result.intact
+    assert (result.bytes, result.failures) == (2 << 20, {})
+
+
+def test_bulk_finds_one_wrong_byte(server: EchoServer, address: Address) -> None:
+    seen = []
+
+    def spoil(data: bytes) -> bytes:
+        seen.append(len(data))
+        return data if len(seen) != 2 else data[:-1] + bytes([data[-1] ^ 1])
+
+    server.spoil = spoil  # type: ignore[method-assign]
+    result = load.bulk(address, mib=1)
+    assert not result.intact
+    assert result.failures == {"wrong echo": 1}
+
+
+def test_idle_keeps_its_connections_open_until_it_has_read(address: Address) -> None:
+    result = load.idle(address, connections=10)
+    assert (result.connections, result.failures) == (10, {})
+    assert result.private_kib is None  # nothing was watched
+
+
+def test_resets_then_a_normal_client(address: Address, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "RESET_PAUSE_S", 0.0)
+    result = load.resets(address, count=5, wait=2.0)
+    assert (result.resets, result.served) == (5, True)
+    gone = load.resets(closed_address(), count=1, wait=0.2)
+    assert not gone.served
+    assert gone.failures
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_each_round_visits_each_server_once_in_another_order(count: int) -> None:
+    names = ["ours", "asyncio", "threading"][:count]
+    orders = [command.order(names, turn) for turn in range(6)]
+    assert all(sorted(visit) == sorted(names) for visit in orders)
+    assert {visit[0] for visit in orders} == {visit[-1] for visit in orders} == set(names)
+
+
+HEADER = report.Header("3.12", None, "3.11", "System", 2, None, "2000-01-01", 2, 1.0, False,
+                       {"ours": "python ours", "asyncio": "python asyncio"})
+
+
+def record(turn: int, server: str, rate: float, **more: Any) -> report.Record:
+    result = {"per_s": rate, "cost": {"user_us": None}, "failures": more.get("failures", {})}
+    return report.Record(turn, "echo64", server, 0, result, more.get("error"))
+
+
+def test_a_ratio_is_taken_round_by_round() -> None:
+    records = [record(1, "ours", 30), record(1, "asyncio", 10), record(2, "ours", 8), record(2, "asyncio", 8),
+               record(3, "ours", 20), record(3, "asyncio", 10), record(4, "ours", 99)]
+    summary = report.summary(records, "asyncio")["echo64"]["per_s"]
+    assert summary["ours"] == {"median": 25, "min": 8, "max": 99, "ratio": 2.0}
+    assert summary["asyncio"]["ratio"] == 1.0
+    assert report.summary(records, "asyncio")["echo64"]["cost.user_us"] == {}
+
+
+def test_the_report_shows_failures_deaths_and_a_dead_listener() -> None:
+    records = [record(1, "ours", 30, failures={"no echo in time": 2}),
+               record(1, "asyncio", 10, error="the server died"),
+               report.Record(1, "resets", "ours", 0, {"served": True}, None),
+               report.Record(1, "resets", "asyncio", 1, {"served": False}, None)]
+    text = report.table(HEADER, records, "asyncio")
+    assert "failed: echo64, ours: 2 x no echo in time" in text
+    assert "failed: echo64, asyncio: 1 x the server died" in text
+    assert "asyncio accepts nobody any more" in text
+    assert "ours accepts nobody" not in text
+    assert "ours/asyncio" in text
+
+
+def test_the_json_holds_every_raw_round() -> None:
+    records = [record(turn, server, 10) for turn in (1, 2) for server in ("ours", "asyncio")]
+    loaded = json.loads(json.dumps(report.as_json(HEADER, records, "asyncio")))
+    assert set(loaded) == {"schema", "header", "baseline", "rounds", "summary"}
+    assert [(one["round"], one["server"]) for one in loaded["rounds"]] == [
+        (1, "ours"), (1, "asyncio"), (2, "ours"), (2, "asyncio")]
+    assert loaded["rounds"][0]["result"]["per_s"] == 10
+
+
+@pytest.mark.parametrize("arguments", [["--against", "nobody"], ["--measures", "nothing"], ["--rounds", "0"],
+                                       ["--variant", "x"], ["--variant", "ours=--io-threads 1"]])
+def test_wrong_arguments_end_with_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        command.parse(arguments)
+    assert ended.value.code == 2
+    assert "error" in capsys.readouterr().err
+
+
+def test_variants_of_ours_are_servers_of_their_own() -> None:
+    _, kinds, measures = command.parse(["--ours=--io-threads 1", "--variant", "two=--io-threads 2",
+                                        "--against", "asyncio", "--measures", "bulk,echo64"])
+    assert [kind.name for kind in kinds] == ["ours", "two", "asyncio"]
+    assert kinds[1].arguments[-2:] == ("--io-threads", "2")
+    assert [measure.name for measure in measures] == ["echo64", "bulk"]
