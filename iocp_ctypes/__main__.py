@@ -23,7 +23,9 @@ SERVING: tuple[tuple[str, Any], ...] = (
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m iocp_ctypes", description="A TCP server on a completion port.")
+    parser = argparse.ArgumentParser(
+        prog="python -m iocp_ctypes", description="A TCP server on a completion port."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     echo = commands.add_parser("echo", help="serve: send back what comes")
     echo.add_argument("--host", default="127.0.0.1", help="address to listen on; '' is every interface")
@@ -31,7 +33,9 @@ def _parser() -> argparse.ArgumentParser:
     echo.add_argument("--stats", action="store_true", help="print the server's figures at the end")
     for name, kind in SERVING:
         choices = RECV_MODES if name == "recv_mode" else None
-        echo.add_argument(f"--{name.replace('_', '-')}", type=kind, choices=choices, help=OPTIONS[name].meaning)
+        echo.add_argument(
+            f"--{name.replace('_', '-')}", type=kind, choices=choices, help=OPTIONS[name].meaning
+        )
     demo = commands.add_parser("demo", help="serve 1,000 clients of this very process and say what happened")
     demo.add_argument("--clients", type=int, default=1000, help="how many clients, 1 to 5000")
     demo.add_argument("--messages", type=int, default=5, help="messages of each client, 1 to 1000")
@@ -51,7 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (TypeError, ValueError) as exc:
         parser.exit(2, f"{parser.prog}: error: {exc}\n")
     if sys.platform != "win32":
-        parser.exit(1, f"{parser.prog}: error: iocp_ctypes needs Windows: {sys.platform} has no completion ports\n")
+        parser.exit(
+            1, f"{parser.prog}: error: iocp_ctypes needs Windows: {sys.platform} has no completion ports\n"
+        )
     from . import _commands
 
     try:

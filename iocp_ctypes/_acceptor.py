@@ -1,8 +1,8 @@
 """L5: Acceptor, the pool of AcceptEx operations of a server, over one or more listening sockets.
 
 Laws
-1. Accepting never stops: an AcceptEx that fails is about its peer. It is replaced at once; what could not be posted is
-   posted after a back-off. Only `pause`, the cap of connections and `close` end that.
+1. Accepting never stops: an AcceptEx that fails is about its peer. It is replaced at once; what could not
+   be posted is posted after a back-off. Only `pause`, the cap of connections and `close` end that.
 2. `in_use` changes in two places: up where an AcceptEx was issued, down where its packet is retired.
 3. A replacement is posted before the new connection's callbacks run: they may take their time.
 4. The cap is the server's; each listening socket has its share of it, at least one.
@@ -19,14 +19,15 @@ from typing import Final
 from . import _win32
 from ._errors import ERROR_OPERATION_ABORTED, RESOURCE_CODES, winsock_code
 from ._options import Usage
-from ._proactor import PENDING, Operation
+from ._proactor import Operation
 from ._sockops import AcceptOperation, ListeningSocket, OverlappedSocket
 from .watchdog import Watchdog
 
 #: Seconds before a failed AcceptEx is posted again: doubled each time up to the second.
 RETRY_FIRST: Final = 0.010
 RETRY_MAX: Final = 1.0
-#: Failures in a row, as a multiple of the cap, after which failing is taken for a condition and not for bad peers.
+#: Failures in a row, as a multiple of the cap, after which failing is taken for a condition and not for bad
+#: peers.
 FAILURES_IN_ROW: Final = 2
 #: Seconds between two looks at sockets that are connected and silent inside AcceptEx, at the most.
 SILENT_LOOK_MAX: Final = 1.0
@@ -126,7 +127,9 @@ class Acceptor:
             return True
         self.unreplaced += 1
         if not self._retrying:
-            log.warning("an AcceptEx could not be posted (error %d): trying again in %.2f s", code, self._retry_delay)
+            log.warning(
+                "an AcceptEx could not be posted (error %d): trying again in %.2f s", code, self._retry_delay
+            )
         self._retry_later()
         return False
 
@@ -208,7 +211,10 @@ class Acceptor:
                 pool.listening.reap(operation)
 
     def close(self) -> None:
-        """Stop listening. The AcceptEx operations complete as cancelled, and their sockets are closed then."""
+        """Stop listening.
+
+        The AcceptEx operations complete as cancelled, and their sockets are closed then.
+        """
         with self._lock:
             if self._closing:
                 return

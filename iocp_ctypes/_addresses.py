@@ -1,7 +1,8 @@
 """Addresses: what users may write, and what the kernel hands back (layer P: pure).
 
 Laws
-1. An address users see is `(host, port)` for IPv4 and `(host, port, flowinfo, scope_id)` for IPv6, as in `socket`.
+1. An address users see is `(host, port)` for IPv4 and `(host, port, flowinfo, scope_id)` for IPv6, as in
+   `socket`.
 2. An IPv4 peer of a dual-stack socket is an IPv4 peer: `::ffff:a.b.c.d` becomes `a.b.c.d`.
 3. No name is looked up for a peer.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import socket
 import struct
+from collections.abc import Iterable
 from typing import Any, Final
 
 Address = tuple[Any, ...]
@@ -46,7 +48,10 @@ def format_address(address: Address | None) -> str:
 
 
 def check_address(address: object) -> Address:
-    """Return `(host, port)` or a four-part IPv6 address; TypeError or ValueError says what is wrong with it."""
+    """Return `(host, port)` or a four-part IPv6 address.
+
+    TypeError or ValueError says what is wrong with it.
+    """
     shape = "an address is (host, port), with host a str and port a whole number from 0 to 65535"
     if not isinstance(address, tuple) or len(address) not in (2, 4):
         raise TypeError(f"address={address!r}: {shape}")
@@ -58,13 +63,48 @@ def check_address(address: object) -> Address:
     if len(address) == 4 and not all(isinstance(part, int) and part >= 0 for part in address[2:]):
         raise ValueError(f"address={address!r}: flowinfo and scope_id must be whole numbers, 0 or more")
     if len(address) == 4 and ":" not in host:
-        raise ValueError(f"address={address!r}: host={host!r} is of the wrong family, four parts are for IPv6")
+        raise ValueError(
+            f"address={address!r}: host={host!r} is of the wrong family, four parts are for IPv6"
+        )
     return address
 
 
-def is_one_address(address: object) -> bool:
-    """Return whether this is a single (host, port), and not several addresses."""
+def _is_one_address(address: object) -> bool:
     return isinstance(address, tuple) and len(address) in (2, 4) and isinstance(address[0], str)
+
+
+def check_addresses(address: Any) -> list[Address | socket.socket]:
+    """Return the addresses and bound sockets that a server is to listen on; see `check_address`."""
+    if _is_one_address(address) or isinstance(address, socket.socket):
+        several: Iterable[Any] = [address]
+    elif isinstance(address, Iterable) and not isinstance(address, (str, bytes, tuple)):
+        several = list(address)
+    elif (
+        isinstance(address, tuple)
+        and address
+        and all(isinstance(part, (tuple, socket.socket)) for part in address)
+    ):
+        several = address
+    else:
+        several = [address]
+    checked = [
+        _check_socket(one) if isinstance(one, socket.socket) else check_address(one) for one in several
+    ]
+    if not checked:
+        raise ValueError(f"address={address!r}: names no address to listen on")
+    return checked
+
+
+def _check_socket(sock: socket.socket) -> socket.socket:
+    if sock.family not in (socket.AF_INET, socket.AF_INET6) or sock.type != socket.SOCK_STREAM:
+        raise ValueError(f"address={sock!r}: must be a bound IPv4 or IPv6 stream socket")
+    try:
+        port = sock.getsockname()[1]
+    except OSError:
+        port = 0
+    if not port:
+        raise ValueError(f"address={sock!r}: is not bound to an address yet")
+    return sock
 
 
 def resolve_listening(address: Address, dualstack: bool | None) -> list[tuple[int, Address, bool]]:

@@ -1,8 +1,8 @@
 """L7: what the commands of `python -m iocp_ctypes` do.
 
 Laws
-1. A serving command prints one line `listening on HOST:PORT` per address when it is ready, and nothing else unless it
-   is asked to.
+1. A serving command prints one line `listening on HOST:PORT` per address when it is ready, and nothing else
+   unless it is asked to.
 2. A demonstration checks every byte it says was exchanged.
 """
 
@@ -82,7 +82,9 @@ def demo(clients: int, messages: int) -> int:
     print(f"I/O threads   {len(threads)} of {engine.io_threads} ran callbacks")
     print(f"packets       {engine.packets} in {engine.reaps} calls of GetQueuedCompletionStatusEx")
     print(f"bytes         {figures.bytes_received} received, {figures.bytes_sent} sent")
-    print(f"time          {took:.2f} s, {exchanges / took:.0f} exchanges/s with the clients in the same process")
+    print(
+        f"time          {took:.2f} s, {exchanges / took:.0f} exchanges/s with the clients in the same process"
+    )
     return 1 if failures or figures.accepted != clients else 0
 
 

@@ -1,10 +1,11 @@
 """Deadlines over an injected clock (layer P: pure; no thread, no sleeping, no locks).
 
 Laws
-1. A deadline is an instant of the clock, in seconds; a timeout is a duration and becomes a deadline where it is armed.
+1. A deadline is an instant of the clock, in seconds; a timeout is a duration and becomes a deadline where
+   it is armed.
 2. Setting costs O(log n), cancelling O(1), looking at the clock O(what expired).
-3. A cancelled entry stays in the heap until it comes up or until dead entries outnumber the living ones, then the
-   heap is built anew: memory is bounded by twice the living entries plus a constant.
+3. A cancelled entry stays in the heap until it comes up or until dead entries outnumber the living ones,
+   then the heap is built anew: memory is bounded by twice the living entries plus a constant.
 The caller holds a lock.
 """
 

@@ -1,12 +1,14 @@
 """L4: the I/O threads: reap packets, retire operations, call their handlers; hand over from a stalled thread.
 
 Laws
-1. At most `running` threads serve at a time. On a build with a GIL more than one would only fight for it, so the
-   rest wait in reserve; what the kernel's concurrency value does on Windows (and does not on Wine) is done here.
-2. One FIFO, `ready`, is shared by all threads: packets, operations that completed at once and calls are served in
-   turn. A thread that stalls in a callback therefore holds back nothing but that callback.
-3. A thread is stalled exactly when one look (every STALL_CHECK seconds, only while somebody is busy) finds it in the
-   same turn as the look before. Then another takes its place; it waits in reserve once its callback returns.
+1. At most `running` threads serve at a time. On a build with a GIL more than one would only fight for it,
+   so the rest wait in reserve; what the kernel's concurrency value does on Windows (and does not on Wine)
+   is done here.
+2. One FIFO, `ready`, is shared by all threads: packets, operations that completed at once and calls are
+   served in turn. A thread that stalls in a callback therefore holds back nothing but that callback.
+3. A thread is stalled exactly when one look (every STALL_CHECK seconds, only while somebody is busy) finds
+   it in the same turn as the look before. Then another takes its place; it waits in reserve once its
+   callback returns.
 4. Handlers do not raise. One that does is a defect of this library: it is logged, and the thread goes on.
 5. Stopping: a flag, and a WAKE packet that each leaving thread posts again, so that no batch can swallow it.
 """
@@ -25,13 +27,15 @@ from ._proactor import Proactor
 from ._win32 import INFINITE
 
 #: Seconds between two looks for stalled threads: a stall is handed over after one to two of them, so another
-#: connection waits at most 80 ms; 25 looks a second, and only while there is traffic, cost nothing to speak of.
+#: connection waits at most 80 ms; 25 looks a second, and only while there is traffic, cost nothing to speak
+#: of.
 STALL_CHECK: Final = 0.04
 #: Threads that may be stalled at once; above it connections wait for a callback to return.
 STALLED_MAX: Final = 32
 #: Threads kept in reserve; more than that end.
 RESERVE_MAX: Final = 4
-#: Packets taken at a time: where one thread serves, a call should bring much; where several do, each its share.
+#: Packets taken at a time: where one thread serves, a call should bring much; where several do, each its
+#: share.
 BATCH_ALONE: Final = 64
 BATCH_SHARED: Final = 8
 
@@ -39,7 +43,10 @@ log = logging.getLogger("iocp_ctypes")
 
 
 class _Worker:
-    """One I/O thread. Its fields are written by itself, but for `relieved`, which is written under the lock."""
+    """One I/O thread.
+
+    Its fields are written by itself, but for `relieved`, which is written under the lock.
+    """
 
     __slots__ = ("busy", "gate", "ident", "relieved", "seen", "thread", "turn")
 
@@ -57,7 +64,11 @@ class Dispatcher:
     """The threads of an engine."""
 
     def __init__(
-        self, port: CompletionPort, proactor: Proactor, running: int, later: Callable[[float, Callable[[], None]], object]
+        self,
+        port: CompletionPort,
+        proactor: Proactor,
+        running: int,
+        later: Callable[[float, Callable[[], None]], object],
     ) -> None:
         """Make a dispatcher; threads come with `start`.
 
@@ -83,7 +94,7 @@ class Dispatcher:
         self.packets = 0
         self.handoffs = 0
 
-    # -- any thread ---------------------------------------------------------------------------------------------
+    # -- any thread -----------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Start the threads that serve."""
@@ -100,7 +111,8 @@ class Dispatcher:
 
     def _put(self, what: Any, transferred: int) -> None:
         self._ready.append((what, transferred))
-        # A serving thread looks at `ready` when its handler returns; from any other thread somebody must be woken.
+        # A serving thread looks at `ready` when its handler returns; from any other thread somebody must be
+        # woken.
         if threading.get_ident() not in self._serving:
             self._port.post()
 
@@ -140,7 +152,7 @@ class Dispatcher:
                     thread.join(min(0.25, max(0.0, deadline - time.monotonic())))
         return not any(t is not None and t.is_alive() for t in threads if t is not threading.current_thread())
 
-    # -- the threads --------------------------------------------------------------------------------------------
+    # -- the threads ----------------------------------------------------------------------------------------
 
     def _fill(self) -> None:
         """Let as many threads serve as may. Needs the lock."""
@@ -203,7 +215,8 @@ class Dispatcher:
                 self.packets += count
             if looking(False):
                 self._later(STALL_CHECK, self._look)
-            # What becomes ready meanwhile waits for the next round, after what the port has: nobody is starved.
+            # What becomes ready meanwhile waits for the next round, after what the port has: nobody is
+            # starved.
             for _ in range(len(ready)):
                 try:
                     what, transferred = popleft()
@@ -222,7 +235,10 @@ class Dispatcher:
                     return
 
     def _rejoin(self, me: _Worker) -> bool:
-        """Serve again after having been relieved, at once or after a time in reserve; False: end this thread."""
+        """Serve again after having been relieved, at once or after a time in reserve; False.
+
+        End this thread.
+        """
         with self._lock:
             if self._stopping:
                 return False
@@ -238,7 +254,7 @@ class Dispatcher:
         me.busy = True
         return not self._stopping
 
-    # -- looking for stalled threads (on the thread of `later`) ---------------------------------------------------
+    # -- looking for stalled threads (on the thread of `later`) ---------------------------------------------
 
     def _look(self) -> None:
         with self._lock:
@@ -262,6 +278,7 @@ class Dispatcher:
             self._later(STALL_CHECK, self._look)
             return
         self._looking.release()
-        # A thread may have become busy before the release: then it found the looking on, so it is switched on here.
+        # A thread may have become busy before the release: then it found the looking on, so it is switched
+        # on here.
         if any(worker.busy for worker in tuple(self._serving.values())) and self._looking.acquire(False):
             self._later(STALL_CHECK, self._look)

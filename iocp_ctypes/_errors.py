@@ -1,10 +1,10 @@
 """THE table of failures: NTSTATUS, Win32 code, Winsock code, exception class, reason (layer P: pure).
 
 Laws
-1. A failed operation is decoded from the NTSTATUS in its OVERLAPPED; a failed call from its Winsock or Win32 code.
-   Both end in the same row.
-2. An exception made here carries `winerror` (the Winsock code) and an `errno` of the running system, on Windows and
-   elsewhere, so that the pure tests can check it anywhere.
+1. A failed operation is decoded from the NTSTATUS in its OVERLAPPED; a failed call from its Winsock or
+   Win32 code. Both end in the same row.
+2. An exception made here carries `winerror` (the Winsock code) and an `errno` of the running system, on
+   Windows and elsewhere, so that the pure tests can check it anywhere.
 3. CANCELLED rows are our own doing and never reach a user.
 """
 
@@ -56,38 +56,140 @@ def _row(
     return Failure(statuses, win32, winsock, exception, errno_name, reason, text)
 
 
-# Win32 64 (NETNAME_DELETED) stands for both a peer's reset and a local close; our own closing flag tells them apart.
+# Win32 64 (NETNAME_DELETED) stands for both a peer's reset and a local close; our own closing flag tells
+# them apart.
 TABLE: Final[tuple[Failure, ...]] = (
-    _row((0xC000020D, 0xC000013C), (64,), 10054, ConnectionResetError, "ECONNRESET", CloseReason.RESET,
-         "the peer reset the connection"),
-    _row((0xC000013B, 0xC0000241), (1236,), 10053, ConnectionAbortedError, "ECONNABORTED", CloseReason.ABORTED,
-         "the connection was given up by this system"),
-    _row((STATUS_CANCELLED,), (), ERROR_OPERATION_ABORTED, ConnectionAbortedError, "ECANCELED", CloseReason.ABORTED,
-         "the operation was cancelled"),
+    _row(
+        (0xC000020D, 0xC000013C),
+        (64,),
+        10054,
+        ConnectionResetError,
+        "ECONNRESET",
+        CloseReason.RESET,
+        "the peer reset the connection",
+    ),
+    _row(
+        (0xC000013B, 0xC0000241),
+        (1236,),
+        10053,
+        ConnectionAbortedError,
+        "ECONNABORTED",
+        CloseReason.ABORTED,
+        "the connection was given up by this system",
+    ),
+    _row(
+        (STATUS_CANCELLED,),
+        (),
+        ERROR_OPERATION_ABORTED,
+        ConnectionAbortedError,
+        "ECANCELED",
+        CloseReason.ABORTED,
+        "the operation was cancelled",
+    ),
     # The two statuses with which Wine completes operations of a socket that was closed under them.
-    _row((0x8000000A, 0xC0000024), (6,), 10038, ConnectionAbortedError, "ENOTSOCK", CloseReason.ABORTED,
-         "the socket was closed during the operation"),
-    _row((0xC0000140, 0xC000020C), (2250,), 10057, ConnectionResetError, "ENOTCONN", CloseReason.RESET,
-         "the socket is not connected any more"),
-    _row((0xC0000236,), (1225,), 10061, ConnectionRefusedError, "ECONNREFUSED", CloseReason.REFUSED,
-         "the connection was refused: nothing listens there"),
-    _row((0xC00000B5,), (121,), 10060, TimeoutError, "ETIMEDOUT", CloseReason.TIMEOUT,
-         "the peer does not answer"),
-    _row((0xC000023C,), (1231,), 10051, OSError, "ENETUNREACH", CloseReason.TIMEOUT, "the network is unreachable"),
-    _row((0xC000023D,), (1232,), 10065, OSError, "EHOSTUNREACH", CloseReason.TIMEOUT, "the host is unreachable"),
-    _row((0xC000023F,), (1234,), 10054, ConnectionResetError, "ECONNRESET", CloseReason.RESET,
-         "the peer reported its port unreachable"),
-    _row((0x80000005,), (234,), 10040, OSError, "EMSGSIZE", CloseReason.ABORTED,
-         "the message was larger than the buffer"),
-    _row((0xC000009A, 0xC0000017, 0xC0000044, 0xC000012D), (8, 1450, 1453, 1455), 10055, OSError, "ENOBUFS",
-         CloseReason.ABORTED, "the system is short of buffers or quota"),
-    _row((), (), 10035, BlockingIOError, "EWOULDBLOCK", CloseReason.ABORTED,
-         "too many overlapped operations are outstanding"),
+    _row(
+        (0x8000000A, 0xC0000024),
+        (6,),
+        10038,
+        ConnectionAbortedError,
+        "ENOTSOCK",
+        CloseReason.ABORTED,
+        "the socket was closed during the operation",
+    ),
+    _row(
+        (0xC0000140, 0xC000020C),
+        (2250,),
+        10057,
+        ConnectionResetError,
+        "ENOTCONN",
+        CloseReason.RESET,
+        "the socket is not connected any more",
+    ),
+    _row(
+        (0xC0000236,),
+        (1225,),
+        10061,
+        ConnectionRefusedError,
+        "ECONNREFUSED",
+        CloseReason.REFUSED,
+        "the connection was refused: nothing listens there",
+    ),
+    _row(
+        (0xC00000B5,),
+        (121,),
+        10060,
+        TimeoutError,
+        "ETIMEDOUT",
+        CloseReason.TIMEOUT,
+        "the peer does not answer",
+    ),
+    _row(
+        (0xC000023C,),
+        (1231,),
+        10051,
+        OSError,
+        "ENETUNREACH",
+        CloseReason.TIMEOUT,
+        "the network is unreachable",
+    ),
+    _row(
+        (0xC000023D,), (1232,), 10065, OSError, "EHOSTUNREACH", CloseReason.TIMEOUT, "the host is unreachable"
+    ),
+    _row(
+        (0xC000023F,),
+        (1234,),
+        10054,
+        ConnectionResetError,
+        "ECONNRESET",
+        CloseReason.RESET,
+        "the peer reported its port unreachable",
+    ),
+    _row(
+        (0x80000005,),
+        (234,),
+        10040,
+        OSError,
+        "EMSGSIZE",
+        CloseReason.ABORTED,
+        "the message was larger than the buffer",
+    ),
+    _row(
+        (0xC000009A, 0xC0000017, 0xC0000044, 0xC000012D),
+        (8, 1450, 1453, 1455),
+        10055,
+        OSError,
+        "ENOBUFS",
+        CloseReason.ABORTED,
+        "the system is short of buffers or quota",
+    ),
+    _row(
+        (),
+        (),
+        10035,
+        BlockingIOError,
+        "EWOULDBLOCK",
+        CloseReason.ABORTED,
+        "too many overlapped operations are outstanding",
+    ),
     _row((), (4,), 10024, OSError, "EMFILE", CloseReason.ABORTED, "too many sockets are open"),
-    _row((0xC000020A, 0xC0000043), (), 10048, OSError, "EADDRINUSE", CloseReason.ABORTED,
-         "the address is in use"),
-    _row((0xC0000141,), (1214,), 10049, OSError, "EADDRNOTAVAIL", CloseReason.ABORTED,
-         "the address is not one of this machine"),
+    _row(
+        (0xC000020A, 0xC0000043),
+        (),
+        10048,
+        OSError,
+        "EADDRINUSE",
+        CloseReason.ABORTED,
+        "the address is in use",
+    ),
+    _row(
+        (0xC0000141,),
+        (1214,),
+        10049,
+        OSError,
+        "EADDRNOTAVAIL",
+        CloseReason.ABORTED,
+        "the address is not one of this machine",
+    ),
     _row((0xC0000022,), (5,), 10013, PermissionError, "EACCES", CloseReason.ABORTED, "access is denied"),
     _row((0xC000000D,), (87,), 10022, OSError, "EINVAL", CloseReason.ABORTED, "an argument is not valid"),
     _row((), (), 10058, BrokenPipeError, "EPIPE", CloseReason.ABORTED, "sending was shut down"),
@@ -134,7 +236,9 @@ def error_from_status(status: int, what: str = "") -> OSError:
     """Make the exception of an NTSTATUS out of OVERLAPPED.Internal; see `error_from_code`."""
     row = _BY_STATUS.get(status & 0xFFFFFFFF)
     if row is None:
-        return _make(OSError, "EIO", 0, what, f"the operation failed with NTSTATUS 0x{status & 0xFFFFFFFF:08X}")
+        return _make(
+            OSError, "EIO", 0, what, f"the operation failed with NTSTATUS 0x{status & 0xFFFFFFFF:08X}"
+        )
     return _make(row.exception, row.errno_name, row.winsock, what, row.text)
 
 

@@ -1,8 +1,8 @@
 """The write queue of a connection and its marks (layer P: pure, no I/O, no locks).
 
 Laws
-1. `size` is the number of bytes handed over and not yet accepted by the kernel: queued plus in flight. It is the
-   figure the marks and `write_buffer_max` are held against.
+1. `size` is the number of bytes handed over and not yet accepted by the kernel: queued plus in flight. It
+   is the figure the marks and `write_buffer_max` are held against.
 2. Bytes leave in the order in which they came. What a partial completion left over goes back to the head.
 3. An object is never copied: a piece is (bytes, start, stop). Who owns the bytes keeps them alive.
 4. `above` is true exactly from the moment `size` passes the high mark until it is at or below the low mark.

@@ -2,8 +2,8 @@
 
 Laws
 1. An option is checked here and nowhere else; the command line, Server and Connection all read this table.
-2. A refused value raises TypeError (wrong kind) or ValueError (out of range) that names the option, the value and
-   what is allowed, and changes nothing.
+2. A refused value raises TypeError (wrong kind) or ValueError (out of range) that names the option, the
+   value and what is allowed, and changes nothing.
 3. Settings are immutable: a live change makes a new object, so a thread that reads one sees one state.
 """
 
@@ -158,26 +158,39 @@ def _keepalive(name: str, value: Any) -> Any:
     return one(name, value)
 
 
-#: A year: longer timeouts are a mistake in the unit, and a DWORD of milliseconds ends at 49 days for keepalive.
+#: A year: longer timeouts are a mistake in the unit, and a DWORD of milliseconds ends at 49 days for
+#: keepalive.
 SECONDS_MAX: Final = 365 * 86400.0
 
 OPTIONS: Final[dict[str, Option]] = {
     "backlog": Option(_whole(1, 10_000), "AcceptEx operations kept posted by the server"),
-    "listen_backlog": Option(_whole(1, 65_535, none=True), "length of the kernel's queue; None: max(200, backlog)"),
-    "accept_data": Option(_whole(0, 64 * KIB), "bytes AcceptEx waits for before a connection counts as accepted"),
-    "silent_timeout": Option(_seconds(none=True), "seconds after which a connection that never sent is reaped"),
+    "listen_backlog": Option(
+        _whole(1, 65_535, none=True), "length of the kernel's queue; None: max(200, backlog)"
+    ),
+    "accept_data": Option(
+        _whole(0, 64 * KIB), "bytes AcceptEx waits for before a connection counts as accepted"
+    ),
+    "silent_timeout": Option(
+        _seconds(none=True), "seconds after which a connection that never sent is reaped"
+    ),
     "idle_timeout": Option(_seconds(none=True), "seconds without a byte in or out"),
     "linger_timeout": Option(_seconds(none=False, zero=True), "seconds that close() waits for the peer"),
     "max_connections": Option(_whole(1, 1_000_000, none=True), "connections at once; accepting pauses there"),
-    "max_per_host": Option(_whole(1, 1_000_000, none=True), "connections at once of one host; more are refused"),
+    "max_per_host": Option(
+        _whole(1, 1_000_000, none=True), "connections at once of one host; more are refused"
+    ),
     "sendcap": Option(_whole(1, 1_000), "concurrent WSASends of a connection"),
     "recv_mode": Option(_choice(*RECV_MODES), "how receives are posted"),
     "recv_size": Option(_whole(64, 16 * MIB), "bytes of one receive"),
     "high_mark": Option(_whole(0, 1 << 40), "send() returns False above this many unsent bytes"),
     "low_mark": Option(_whole(0, 1 << 40), "on_drain comes at this many unsent bytes"),
-    "write_buffer_max": Option(_whole(1, 1 << 40), "unsent bytes above which a connection is closed with overflow"),
+    "write_buffer_max": Option(
+        _whole(1, 1 << 40), "unsent bytes above which a connection is closed with overflow"
+    ),
     "io_threads": Option(_whole(0, 256), "running I/O threads; 0: sized from the processors"),
-    "work_threads": Option(_whole(0, 256), "threads that connections are pinned to; 0: callbacks on the I/O threads"),
+    "work_threads": Option(
+        _whole(0, 256), "threads that connections are pinned to; 0: callbacks on the I/O threads"
+    ),
     "nodelay": Option(_flag(), "TCP_NODELAY"),
     "keepalive": Option(_keepalive, "seconds, or (idle, interval) in seconds; None: off"),
     "exclusive": Option(_flag(), "SO_EXCLUSIVEADDRUSE: nobody else binds over this server"),

@@ -1,7 +1,8 @@
 """L2: CompletionPort, the kernel's queue of completion packets. Four verbs: associate, post, reap, close.
 
 Laws
-1. A completion key is a kind (IO, WAKE), never a pointer: what a packet belongs to is found by its OVERLAPPED.
+1. A completion key is a kind (IO, WAKE), never a pointer: what a packet belongs to is found by its
+   OVERLAPPED.
 2. Each thread that reaps has its own Batch: two threads in one array would overwrite each other's packets.
 3. Closing wakes nobody (Windows does, Wine does not): whoever closes has stopped the reaping threads before.
 """
@@ -44,12 +45,12 @@ class Batch:
     def move_to(self, ready: deque[tuple[Any, int]]) -> int:
         """Append (OVERLAPPED address, bytes) of each packet to `ready`; return how many."""
         count: int = self._count.value
-        addresses = self.words[_OVERLAPPED_WORD : count * _WORDS_PER_ENTRY : _WORDS_PER_ENTRY].tolist()
         if count == 1:
-            ready.append((addresses[0], self.counts[_BYTES_DWORD]))
+            ready.append((self.words[_OVERLAPPED_WORD], self.counts[_BYTES_DWORD]))
         else:
+            addresses = self.words[_OVERLAPPED_WORD : count * _WORDS_PER_ENTRY : _WORDS_PER_ENTRY].tolist()
             transferred = self.counts[_BYTES_DWORD : count * _DWORDS_PER_ENTRY : _DWORDS_PER_ENTRY].tolist()
-            ready.extend(zip(addresses, transferred))
+            ready.extend(zip(addresses, transferred, strict=True))
         return count
 
 
@@ -85,8 +86,8 @@ class CompletionPort:
     def reap(self, batch: Batch, timeout_ms: int, ready: deque[tuple[Any, int]]) -> int:
         """Take packets off the port and append them to `ready` as (OVERLAPPED address or 0, bytes).
 
-        Blocks up to `timeout_ms` (INFINITE: without end) for the first packet; takes at most the batch's size.
-        A packet says nothing about success: that stands in its operation.
+        Blocks up to `timeout_ms` (INFINITE: without end) for the first packet; takes at most the batch's
+        size. A packet says nothing about success: that stands in its operation.
 
         Returns:
             How many packets were taken; 0 where the time ran out.

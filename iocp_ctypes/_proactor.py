@@ -1,10 +1,12 @@
 """L3: Operation and the pending table: what the kernel has, and who keeps it alive.
 
 Laws
-1. An operation is registered *before* the call that issues it, by the address of its OVERLAPPED: its packet may be
-   retired on another thread before the call returns. After success or "pending" the issuer touches it no more.
-2. The table is keep-alive, lookup and leak meter in one. An operation leaves it exactly once: by its packet, by the
-   issuer when the call failed, or by the issuer when the call completed at once and no packet will come.
+1. An operation is registered *before* the call that issues it, by the address of its OVERLAPPED: its packet
+   may be retired on another thread before the call returns. After success or "pending" the issuer touches
+   it no more.
+2. The table is keep-alive, lookup and leak meter in one. An operation leaves it exactly once: by its
+   packet, by the issuer when the call failed, or by the issuer when the call completed at once and no
+   packet will come.
 3. Whatever the kernel points at (OVERLAPPED, WSABUF, flags, data) hangs on the operation.
 4. An operation is used again only after it left the table.
 """
@@ -13,7 +15,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from ctypes import addressof, c_char, c_void_p, sizeof
+from ctypes import addressof, c_char, c_char_p, c_void_p, sizeof
 from typing import Any, Final
 
 from . import _win32
@@ -30,7 +32,10 @@ _array_types: dict[int, Any] = {}
 
 
 def _buffer(size: int) -> Any:
-    """Make a char array; the array type of a size is made once, because making it costs more than the array."""
+    """Make a char array.
+
+    The array type of a size is made once, because making it costs more than the array.
+    """
     kind = _array_types.get(size)
     if kind is None:
         kind = _array_types[size] = c_char * size
@@ -38,15 +43,28 @@ def _buffer(size: int) -> Any:
 
 
 class Operation(_win32.TRANSFER):
-    """An OVERLAPPED plus all that belongs to it. `handler(operation, transferred, status)` is called once, at retiring.
+    """An OVERLAPPED plus all that belongs to it. `handler(operation, transferred, status)` is called once,
+    at retiring.
 
-    `wsabuf`, `flags_argument`, `overlapped` are the ready-made arguments of the HOT functions. They hold addresses,
-    not references (a reference to itself would keep an operation for ever): the pending table keeps it alive.
+    `wsabuf`, `flags_argument`, `overlapped` are the ready-made arguments of the HOT functions. They hold
+    addresses, not references (a reference to itself would keep an operation for ever): the pending table
+    keeps it alive.
     """
 
     __slots__ = (
-        "address", "buffer", "flags_argument", "handler", "keep", "length", "overlapped", "size", "vector", "wsabuf",
+        "address",
+        "buffer",
+        "flags_argument",
+        "handler",
+        "keep",
+        "length",
+        "overlapped",
+        "size",
+        "vector",
+        "wsabuf",
     )
+
+    buf: Any
 
     def __init__(self, size: int = 0) -> None:
         """Make an operation with a buffer of `size` bytes of its own; 0: none."""
@@ -78,8 +96,9 @@ class Operation(_win32.TRANSFER):
         if self.vector is None:
             self.vector = (_win32.WSABUF * SEND_GATHER_MAX)()
         total = 0
-        for wsabuf, (data, start, stop) in zip(self.vector, pieces):
-            wsabuf.buf = ctypes.cast(data, c_void_p).value + start  # type: ignore[operator]  # never NULL
+        for wsabuf, (data, start, stop) in zip(self.vector, pieces, strict=False):
+            address = ctypes.cast(c_char_p(data), c_void_p).value or 0  # the bytes object itself, not a copy
+            wsabuf.buf = address + start
             wsabuf.len = stop - start
             total += stop - start
         self.keep = pieces
@@ -87,47 +106,64 @@ class Operation(_win32.TRANSFER):
         return c_void_p.from_param(addressof(self.vector)), len(pieces)
 
 
-class OperationPool:
-    """Operations kept for use again, by buffer size; bounded. Thread-safe: list appends and pops are atomic."""
-
-    __slots__ = ("_free",)
-
-    #: Kept per size: enough for the connections that are busy at one moment, little enough to forget (64 x 16 KiB).
-    KEPT_MAX: Final = 64
-
-    def __init__(self) -> None:
-        self._free: dict[int, list[Operation]] = {}
-
-    def take(self, size: int) -> Operation:
-        """Return an operation with a buffer of `size` bytes that the kernel does not have."""
-        try:
-            return self._free[size].pop()
-        except (KeyError, IndexError):
-            return Operation(size)
-
-    def give(self, operation: Operation) -> None:
-        """Take back an operation that has left the pending table."""
-        operation.handler = operation.keep = None
-        free = self._free.setdefault(operation.size, [])
-        if len(free) < self.KEPT_MAX:
-            free.append(operation)
+#: Operations kept for use again: enough for what is in flight at a busy moment, little enough to forget.
+KEPT_MAX: Final = 64
+#: A kept send forgets its data where that is larger than this, so that what is kept stays small.
+KEPT_DATA_MAX: Final = 4096
 
 
 class Proactor:
-    """The pending table and the pool of an engine."""
+    """The pending table, and operations kept for use again.
 
-    __slots__ = ("pending", "pool")
+    Receives have a buffer of their own, sends point at the sender's data: they are kept apart. Thread-safe,
+    because the appends and pops of a list are atomic.
+    """
+
+    __slots__ = ("_receives", "pending", "sends")
 
     def __init__(self) -> None:
         self.pending: dict[int, Operation] = {}
-        self.pool = OperationPool()
+        self.sends: list[Operation] = []
+        self._receives: dict[int, list[Operation]] = {}
 
     def settle(self, operation: Operation) -> int:
-        """After a call that did not return success: PENDING, or the error code, with the operation retired."""
+        """After a call that did not return success.
+
+        PENDING, or the error code, with the operation retired.
+        """
         code = ctypes.get_last_error()
         if code != WSA_IO_PENDING:
             del self.pending[operation.address]
         return code
+
+    def take_receive(self, size: int) -> Operation:
+        """Return an operation with a buffer of `size` bytes that the kernel does not have."""
+        try:
+            return self._receives[size].pop()
+        except (KeyError, IndexError):
+            return Operation(size)
+
+    def give_receive(self, operation: Operation) -> None:
+        """Take back a receive that has left the pending table."""
+        operation.handler = None
+        free = self._receives.setdefault(operation.size, [])
+        if len(free) < KEPT_MAX:
+            free.append(operation)
+
+    def take_send(self) -> Operation:
+        """Return an operation for a send."""
+        try:
+            return self.sends.pop()
+        except IndexError:
+            return Operation()
+
+    def give_send(self, operation: Operation) -> None:
+        """Take back a send that has left the pending table."""
+        operation.handler = operation.keep = None
+        if len(self.sends) < KEPT_MAX:
+            if operation.length > KEPT_DATA_MAX:
+                operation.buf = operation.vector = None
+            self.sends.append(operation)
 
 
 assert sizeof(_win32.TRANSFER) == sizeof(Operation)

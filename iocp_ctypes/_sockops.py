@@ -3,10 +3,13 @@
 Laws
 1. Raw handles stay in here: above are OverlappedSocket and ListeningSocket.
 2. Issuing follows one pattern: register in the pending table, call, and on anything but success `settle`.
-3. An accepted socket goes AcceptEx -> SO_UPDATE_ACCEPT_CONTEXT -> options -> associate -> first receive, each checked.
-4. FILE_SKIP_COMPLETION_PORT_ON_SUCCESS is used only where the provider is an IFS one; never for accepts (the listener
-   does not have it). Without it every success comes through the port, and issuing says PENDING.
-5. `close` closes the handle once; nothing is issued on it afterwards. The caller has joined its operations before.
+3. An accepted socket goes AcceptEx -> SO_UPDATE_ACCEPT_CONTEXT -> options -> associate -> first receive,
+   each checked.
+4. FILE_SKIP_COMPLETION_PORT_ON_SUCCESS is used only where the provider is an IFS one; never for accepts
+   (the listener does not have it). Without it every success comes through the port, and issuing says
+   PENDING.
+5. `close` closes the handle once; nothing is issued on it afterwards. The caller has joined its operations
+   before.
 Nothing here blocks.
 """
 
@@ -49,16 +52,26 @@ def _extension(handle: int, family: int, name: str) -> Any:
         pointer = c_void_p()
         returned = _win32.DWORD()
         if _win32.WSAIoctl(
-            handle, _win32.SIO_GET_EXTENSION_FUNCTION_POINTER, byref(guid), sizeof(guid),
-            byref(pointer), sizeof(pointer), byref(returned), None, None,
+            handle,
+            _win32.SIO_GET_EXTENSION_FUNCTION_POINTER,
+            byref(guid),
+            sizeof(guid),
+            byref(pointer),
+            sizeof(pointer),
+            byref(returned),
+            None,
+            None,
         ):
             raise error_from_code(ctypes.get_last_error(), f"the provider has no {name}")
-        function = _extensions[family, name] = prototype(pointer.value)
+        function = _extensions[family, name] = prototype(pointer.value or 0)
     return function
 
 
 def provider_is_ifs(handle: int, family: int) -> bool:
-    """Return whether the handles of this family's provider are real file handles; asked for once per family."""
+    """Return whether the handles of this family's provider are real file handles.
+
+    Asked for once per family.
+    """
     known = _ifs_families.get(family)
     if known is None:
         info = _win32.WSAPROTOCOL_INFOW()
@@ -87,7 +100,7 @@ class OverlappedSocket:
         self.local_raw = b""  # SOCKADDRs as the kernel wrote them; read when asked for
         self.peer_raw = b""
 
-    # -- set-up --------------------------------------------------------------------------------------------------
+    # -- set-up ---------------------------------------------------------------------------------------------
 
     def associate(self, port: CompletionPort) -> None:
         """Bind this socket to a port for life, and spare it the packets of what completes at once."""
@@ -108,10 +121,20 @@ class OverlappedSocket:
     def set_keepalive(self, keepalive: KeepAlive) -> None:
         """SIO_KEEPALIVE_VALS: None is off; seconds, or (idle, interval) in seconds."""
         idle, interval = keepalive if isinstance(keepalive, tuple) else (keepalive or 0.0, 1.0)
-        values = _win32.TCP_KEEPALIVE(keepalive is not None, max(1, int(idle * 1000)), max(1, int(interval * 1000)))
+        values = _win32.TCP_KEEPALIVE(
+            keepalive is not None, max(1, int(idle * 1000)), max(1, int(interval * 1000))
+        )
         returned = _win32.DWORD()
         if _win32.WSAIoctl(
-            self._handle, _win32.SIO_KEEPALIVE_VALS, byref(values), sizeof(values), None, 0, byref(returned), None, None
+            self._handle,
+            _win32.SIO_KEEPALIVE_VALS,
+            byref(values),
+            sizeof(values),
+            None,
+            0,
+            byref(returned),
+            None,
+            None,
         ):
             raise error_from_code(ctypes.get_last_error(), "SIO_KEEPALIVE_VALS")
 
@@ -134,10 +157,11 @@ class OverlappedSocket:
         if _win32.setsockopt(self._handle, level, name, byref(value), sizeof(value)):
             raise error_from_code(ctypes.get_last_error(), what)
 
-    # -- the hot calls -------------------------------------------------------------------------------------------
+    # -- the hot calls --------------------------------------------------------------------------------------
 
     def receive(self, operation: Operation) -> int:
-        """Issue a receive into the operation's buffer: COMPLETED (InternalHigh bytes), PENDING or an error code.
+        """Issue a receive into the operation's buffer: COMPLETED (InternalHigh bytes), PENDING or an error
+        code.
 
         What completed at once stays in the pending table: the dispatcher serves it in its turn.
         """
@@ -151,8 +175,9 @@ class OverlappedSocket:
     def send(self, operation: Operation, handler: Handler, vector: Any = None, count: int = 1) -> int:
         """Issue a send of what the operation was loaded with: COMPLETED, PENDING or an error code.
 
-        COMPLETED: InternalHigh bytes were taken and the operation is the caller's again. `vector` and `count` are what
-        `Operation.load_pieces` returned; without them the one buffer of `Operation.load` is sent.
+        COMPLETED: InternalHigh bytes were taken and the operation is the caller's again. `vector` and
+        `count` are what `Operation.load_pieces` returned; without them the one buffer of `Operation.load`
+        is sent.
         """
         operation.handler = handler
         self._pending[operation.address] = operation
@@ -165,7 +190,7 @@ class OverlappedSocket:
             return PENDING
         return self._proactor.settle(operation)
 
-    # -- the end -------------------------------------------------------------------------------------------------
+    # -- the end --------------------------------------------------------------------------------------------
 
     def cancel(self) -> None:
         """Ask for the end of all that is in flight; each operation still has its packet. No result to check:
@@ -173,7 +198,10 @@ class OverlappedSocket:
         _win32.CancelIoEx(self._handle, None)
 
     def shutdown_send(self) -> None:
-        """Send FIN after what was sent. A peer that is gone makes this fail, which is no news to a closing socket."""
+        """Send FIN after what was sent.
+
+        A peer that is gone makes this fail, which is no news to a closing socket.
+        """
         _win32.shutdown(self._handle, _win32.SD_SEND)
 
     def close(self) -> None:
@@ -219,7 +247,11 @@ class ListeningSocket:
             home: kept in the operation, for the handler.
         """
         handle = _win32.WSASocketW(
-            self.family, _win32.SOCK_STREAM, _win32.IPPROTO_TCP, None, 0,
+            self.family,
+            _win32.SOCK_STREAM,
+            _win32.IPPROTO_TCP,
+            None,
+            0,
             _win32.WSA_FLAG_OVERLAPPED | _win32.WSA_FLAG_NO_HANDLE_INHERIT,
         )
         if handle == _win32.INVALID_SOCKET:
@@ -229,8 +261,14 @@ class ListeningSocket:
         operation.handler = handler
         self._proactor.pending[operation.address] = operation
         if _extension(self._handle, self.family, "AcceptEx")(
-            self._handle, handle, addressof(operation.buffer), data_size,
-            _win32.ACCEPT_ADDRESS_SIZE, _win32.ACCEPT_ADDRESS_SIZE, None, operation.address,
+            self._handle,
+            handle,
+            addressof(operation.buffer),
+            data_size,
+            _win32.ACCEPT_ADDRESS_SIZE,
+            _win32.ACCEPT_ADDRESS_SIZE,
+            None,
+            operation.address,
         ):
             return operation, PENDING  # the listener does not skip, so success has a packet as well
         code = self._proactor.settle(operation)
@@ -240,20 +278,28 @@ class ListeningSocket:
         return None, code
 
     def finish(self, operation: AcceptOperation, transferred: int) -> tuple[OverlappedSocket, bytes]:
-        """Make a completed AcceptEx a connected socket with its addresses; OSError where the peer is gone again.
+        """Make a completed AcceptEx a connected socket with its addresses; OSError where the peer is gone
+        again.
 
         Returns:
             The socket (not associated yet), and the first bytes, empty without `data_size`.
         """
         accepted = operation.socket
         listener = _win32.SOCKET(self._handle)
-        accepted._set(_win32.SOL_SOCKET, _win32.SO_UPDATE_ACCEPT_CONTEXT, listener, "SO_UPDATE_ACCEPT_CONTEXT")
+        accepted._set(
+            _win32.SOL_SOCKET, _win32.SO_UPDATE_ACCEPT_CONTEXT, listener, "SO_UPDATE_ACCEPT_CONTEXT"
+        )
         local, peer = c_void_p(), c_void_p()
         local_length, peer_length = c_int(), c_int()
         _extension(self._handle, self.family, "GetAcceptExSockaddrs")(
-            addressof(operation.buffer), operation.data_size,
-            _win32.ACCEPT_ADDRESS_SIZE, _win32.ACCEPT_ADDRESS_SIZE,
-            byref(local), byref(local_length), byref(peer), byref(peer_length),
+            addressof(operation.buffer),
+            operation.data_size,
+            _win32.ACCEPT_ADDRESS_SIZE,
+            _win32.ACCEPT_ADDRESS_SIZE,
+            byref(local),
+            byref(local_length),
+            byref(peer),
+            byref(peer_length),
         )
         accepted.local_raw = string_at(local, local_length.value) if local else b""
         accepted.peer_raw = string_at(peer, peer_length.value) if peer else b""
@@ -273,7 +319,9 @@ class ListeningSocket:
         self._python.close()
 
 
-def listen(family: int, address: Address, listen_backlog: int, exclusive: bool, dualstack: bool) -> socket.socket:
+def listen(
+    family: int, address: Address, listen_backlog: int, exclusive: bool, dualstack: bool
+) -> socket.socket:
     """Make a listening socket; OSError names the address where it cannot be had."""
     made = socket.socket(family, socket.SOCK_STREAM)
     try:

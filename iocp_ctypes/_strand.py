@@ -2,11 +2,11 @@
 
 Laws
 1. At most one thread runs a strand's tasks at any moment; tasks run in the order in which they were posted.
-2. `post` appends before it looks for a runner, and a runner looks at the queue again after it let go: so no task is
-   left behind, without a lock around either.
+2. `post` appends before it looks for a runner, and a runner looks at the queue again after it let go: so no
+   task is left behind, without a lock around either.
 3. A task never runs inside `post`: who posts may hold locks of his own.
-4. A runner runs what was queued when it began and hands the rest to `execute`, so that one strand cannot keep a
-   thread to itself.
+4. A runner runs what was queued when it began and hands the rest to `execute`, so that one strand cannot
+   keep a thread to itself.
 """
 
 from __future__ import annotations
@@ -25,11 +25,16 @@ class Strand:
     def __init__(self, execute: Callable[[Callable[[], None]], None]) -> None:
         """Make a strand; `execute` runs a callable soon on a thread where this strand's tasks belong."""
         self._running = threading.Lock()
-        self._tasks: deque[tuple[Callable[..., object], tuple[Any, ...]]] | None = None  # made when first needed
+        self._tasks: deque[tuple[Callable[..., object], tuple[Any, ...]]] | None = (
+            None  # made when first needed
+        )
         self._execute = execute
 
     def enter(self) -> bool:
-        """Become the runner without waiting; False where somebody runs or tasks wait (then `post` instead)."""
+        """Become the runner without waiting.
+
+        False where somebody runs or tasks wait (then `post` instead).
+        """
         return not self._tasks and self._running.acquire(False)
 
     def leave(self) -> None:

@@ -1,14 +1,16 @@
 """L1: structures, constants and prototypes of kernel32, ntdll and ws2_32. No state, no policy.
 
 Laws
-1. Spelling and types are Microsoft's; field widths are exact (DWORD is 32 bits on every system), pointer-sized
-   fields come from ctypes, so the structures are right on 32- and 64-bit Windows and can be tested anywhere.
+1. Spelling and types are Microsoft's; field widths are exact (DWORD is 32 bits on every system),
+   pointer-sized fields come from ctypes, so the structures are right on 32- and 64-bit Windows and can be
+   tested anywhere.
 2. The DLLs are opened by this module: prototypes set on `ctypes.windll` by others do not touch ours.
 3. `use_last_error`: an error code is read with `get_last_error()`, at once, and only after a failure.
 4. Each prototype says: the C shape, who writes what, what failure looks like, whether it blocks, the source.
-5. Four functions are called for every message. For these a second function object without argtypes exists (`HOT`):
-   ctypes then takes ready-made `byref` objects and small ints as they are, which costs 0.3 us a call against 0.9 us.
-   Handles go to them only as the object `handle_argument` makes, because a bare int would be cut to 32 bits.
+5. Four functions are called for every message. For these a second function object without argtypes exists
+   (`HOT`): ctypes then takes ready-made `byref` objects and small ints as they are, which costs 0.3 us a
+   call against 0.9 us. Handles go to them only as the object `handle_argument` makes, because a bare int
+   would be cut to 32 bits.
 """
 
 from __future__ import annotations
@@ -55,7 +57,10 @@ WINSOCK_VERSION: Final = 0x0202
 
 
 class OVERLAPPED(ctypes.Structure):
-    """minwinbase.h. The kernel writes Internal (the NTSTATUS) and InternalHigh (bytes) until the packet is queued."""
+    """minwinbase.h.
+
+    The kernel writes Internal (the NTSTATUS) and InternalHigh (bytes) until the packet is queued.
+    """
 
     _fields_ = (
         ("Internal", ULONG_PTR),
@@ -89,7 +94,7 @@ class TRANSFER(OVERLAPPED):
     `len` and `buf` have WSABUF's layout; `buf` takes a bytes object or an address.
     """
 
-    _fields_ = (("len", ULONG), ("buf", c_char_p), ("flags", DWORD))
+    _fields_ = (("len", ULONG), ("buf", c_char_p), ("flags", DWORD))  # type: ignore[assignment]  # appended
 
 
 class GUID(ctypes.Structure):
@@ -156,7 +161,10 @@ WSAID_GETACCEPTEXSOCKADDRS: Final = GUID(
 
 
 def handle_argument(handle: int) -> Any:
-    """Make the argument under which a HOT function takes a handle or socket: pointer-sized, made once per handle."""
+    """Make the argument under which a HOT function takes a handle or socket.
+
+    Pointer-sized, made once per handle.
+    """
     return c_void_p.from_param(handle)
 
 
@@ -173,27 +181,36 @@ if sys.platform == "win32":
         function.argtypes = argtypes
         return function
 
-    # HANDLE CreateIoCompletionPort(HANDLE FileHandle, HANDLE ExistingPort, ULONG_PTR Key, DWORD NumberOfThreads)
-    # 0 on failure. Does not block. learn.microsoft.com/windows/win32/fileio/createiocompletionport
+    # HANDLE CreateIoCompletionPort(HANDLE FileHandle, HANDLE ExistingPort, ULONG_PTR Key, DWORD
+    # NumberOfThreads) 0 on failure. Does not block.
+    # learn.microsoft.com/windows/win32/fileio/createiocompletionport
     CreateIoCompletionPort = _bind(
         _kernel32, "CreateIoCompletionPort", HANDLE, HANDLE, HANDLE, ULONG_PTR, DWORD
     )
-    # BOOL GetQueuedCompletionStatusEx(HANDLE, OVERLAPPED_ENTRY *out, ULONG count, ULONG *removed out, DWORD ms, BOOL)
-    # FALSE on failure and on time-out (WAIT_TIMEOUT). Blocks up to ms.
+    # BOOL GetQueuedCompletionStatusEx(HANDLE, OVERLAPPED_ENTRY *out, ULONG count, ULONG *removed out, DWORD
+    # ms, BOOL) FALSE on failure and on time-out (WAIT_TIMEOUT). Blocks up to ms.
     # learn.microsoft.com/windows/win32/fileio/getqueuedcompletionstatusex-func
     GetQueuedCompletionStatusEx = _bind(
-        _kernel32, "GetQueuedCompletionStatusEx", BOOL,
-        HANDLE, POINTER(OVERLAPPED_ENTRY), ULONG, POINTER(ULONG), DWORD, BOOL,
+        _kernel32,
+        "GetQueuedCompletionStatusEx",
+        BOOL,
+        HANDLE,
+        POINTER(OVERLAPPED_ENTRY),
+        ULONG,
+        POINTER(ULONG),
+        DWORD,
+        BOOL,
     )
     # BOOL PostQueuedCompletionStatus(HANDLE, DWORD bytes, ULONG_PTR key, OVERLAPPED *)
     # FALSE on failure. Does not block. learn.microsoft.com/windows/win32/fileio/postqueuedcompletionstatus
     PostQueuedCompletionStatus = _bind(
         _kernel32, "PostQueuedCompletionStatus", BOOL, HANDLE, DWORD, ULONG_PTR, c_void_p
     )
-    # BOOL CloseHandle(HANDLE). FALSE on failure. learn.microsoft.com/windows/win32/api/handleapi/nf-handleapi-closehandle
+    # BOOL CloseHandle(HANDLE). FALSE on failure.
+    # learn.microsoft.com/windows/win32/api/handleapi/nf-handleapi-closehandle
     CloseHandle = _bind(_kernel32, "CloseHandle", BOOL, HANDLE)
-    # BOOL CancelIoEx(HANDLE, OVERLAPPED *or NULL for all of the handle). FALSE with ERROR_NOT_FOUND where nothing was
-    # pending; the operations still complete through the port. Does not block.
+    # BOOL CancelIoEx(HANDLE, OVERLAPPED *or NULL for all of the handle). FALSE with ERROR_NOT_FOUND where
+    # nothing was pending; the operations still complete through the port. Does not block.
     # learn.microsoft.com/windows/win32/fileio/cancelioex-func
     CancelIoEx = _bind(_kernel32, "CancelIoEx", BOOL, HANDLE, c_void_p)
     # BOOL SetFileCompletionNotificationModes(HANDLE, UCHAR flags). FALSE on failure. Does not block.
@@ -215,7 +232,8 @@ if sys.platform == "win32":
     # learn.microsoft.com/windows/win32/api/winsock/nf-winsock-wsastartup
     WSAStartup = _bind(_ws2_32, "WSAStartup", c_int, c_uint16, c_void_p)
     # SOCKET WSASocketW(int family, int type, int protocol, WSAPROTOCOL_INFOW *, GROUP, DWORD flags)
-    # INVALID_SOCKET on failure. Does not block. learn.microsoft.com/windows/win32/api/winsock2/nf-winsock2-wsasocketw
+    # INVALID_SOCKET on failure. Does not block.
+    # learn.microsoft.com/windows/win32/api/winsock2/nf-winsock2-wsasocketw
     WSASocketW = _bind(_ws2_32, "WSASocketW", SOCKET, c_int, c_int, c_int, c_void_p, DWORD, DWORD)
     # int closesocket(SOCKET). SOCKET_ERROR on failure. Does not block without SO_LINGER.
     # learn.microsoft.com/windows/win32/api/winsock2/nf-winsock2-closesocket
@@ -226,22 +244,34 @@ if sys.platform == "win32":
     # int setsockopt(SOCKET, int level, int name, const char *value, int length). SOCKET_ERROR on failure.
     # learn.microsoft.com/windows/win32/api/winsock2/nf-winsock2-setsockopt
     setsockopt = _bind(_ws2_32, "setsockopt", c_int, SOCKET, c_int, c_int, c_void_p, c_int)
-    # int getsockopt(SOCKET, int level, int name, char *value out, int *length in out). SOCKET_ERROR on failure.
+    # int getsockopt(SOCKET, int level, int name, char *value out, int *length in out). SOCKET_ERROR on
+    # failure.
     # learn.microsoft.com/windows/win32/api/winsock2/nf-winsock2-getsockopt
     getsockopt = _bind(_ws2_32, "getsockopt", c_int, SOCKET, c_int, c_int, c_void_p, POINTER(c_int))
     # int getpeername(SOCKET, sockaddr *out, int *length in out). SOCKET_ERROR on failure.
     # learn.microsoft.com/windows/win32/api/winsock2/nf-winsock2-getpeername
     getpeername = _bind(_ws2_32, "getpeername", c_int, SOCKET, c_void_p, POINTER(c_int))
-    # int WSAIoctl(SOCKET, DWORD code, void *in, DWORD, void *out, DWORD, DWORD *returned, OVERLAPPED *, routine)
-    # SOCKET_ERROR on failure. The codes used here do not block.
+    # int WSAIoctl(SOCKET, DWORD code, void *in, DWORD, void *out, DWORD, DWORD *returned, OVERLAPPED *,
+    # routine) SOCKET_ERROR on failure. The codes used here do not block.
     # learn.microsoft.com/windows/win32/api/winsock2/nf-winsock2-wsaioctl
     WSAIoctl = _bind(
-        _ws2_32, "WSAIoctl", c_int,
-        SOCKET, DWORD, c_void_p, DWORD, c_void_p, DWORD, POINTER(DWORD), c_void_p, c_void_p,
+        _ws2_32,
+        "WSAIoctl",
+        c_int,
+        SOCKET,
+        DWORD,
+        c_void_p,
+        DWORD,
+        c_void_p,
+        DWORD,
+        POINTER(DWORD),
+        c_void_p,
+        c_void_p,
     )
     # int WSARecv(SOCKET, WSABUF *, DWORD count, DWORD *received, DWORD *flags in out, OVERLAPPED *, routine)
-    # SOCKET_ERROR on failure, WSA_IO_PENDING among them; buffers and OVERLAPPED belong to the kernel until the packet.
-    # `received` is NULL with an OVERLAPPED, as documented. learn.microsoft.com/windows/win32/api/winsock2/nf-winsock2-wsarecv
+    # SOCKET_ERROR on failure, WSA_IO_PENDING among them; buffers and OVERLAPPED belong to the kernel until
+    # the packet. `received` is NULL with an OVERLAPPED, as documented.
+    # learn.microsoft.com/windows/win32/api/winsock2/nf-winsock2-wsarecv
     WSARecv = _bind(
         _ws2_32, "WSARecv", c_int, SOCKET, c_void_p, DWORD, POINTER(DWORD), c_void_p, c_void_p, c_void_p
     )
@@ -257,13 +287,23 @@ if sys.platform == "win32":
         BOOL, SOCKET, SOCKET, c_void_p, DWORD, DWORD, DWORD, POINTER(DWORD), c_void_p, use_last_error=True
     )
     # void GetAcceptExSockaddrs(void *buffer, DWORD data, DWORD local, DWORD remote, sockaddr **local out,
-    #                           int *length out, sockaddr **remote out, int *length out). Pointers into the buffer.
+    #                           int *length out, sockaddr **remote out, int *length out). Pointers into the
+    # buffer.
     # learn.microsoft.com/windows/win32/api/mswsock/nf-mswsock-getacceptexsockaddrs
     GETACCEPTEXSOCKADDRS = WINFUNCTYPE(
-        None, c_void_p, DWORD, DWORD, DWORD, POINTER(c_void_p), POINTER(c_int), POINTER(c_void_p), POINTER(c_int)
+        None,
+        c_void_p,
+        DWORD,
+        DWORD,
+        DWORD,
+        POINTER(c_void_p),
+        POINTER(c_int),
+        POINTER(c_void_p),
+        POINTER(c_int),
     )
 
-    # The second function objects of law 5: same functions, no argtypes, callers hand over ready-made arguments.
+    # The second function objects of law 5: same functions, no argtypes, callers hand over ready-made
+    # arguments.
     _hot_kernel32 = WinDLL("kernel32", use_last_error=True)
     _hot_ws2_32 = WinDLL("ws2_32", use_last_error=True)
     hot_reap = _hot_kernel32.GetQueuedCompletionStatusEx

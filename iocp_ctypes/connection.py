@@ -14,31 +14,19 @@ from typing import Any
 
 from . import _lifecycle as life
 from ._addresses import Address, format_address, parse_sockaddr
-from ._channel import DELIVERING, IDLE, Channel
+from ._channel import Buffer, Channel, as_bytes
 from ._errors import ConnectionClosedError
 from ._lifecycle import CloseReason
+from ._lifetime import DELIVERING, IDLE
 from ._options import KeepAlive, Usage, change
-
-Buffer = bytes | bytearray | memoryview
-
-
-def as_bytes(data: Any) -> bytes:
-    """Return bytes as they are and a copy of any other contiguous buffer; TypeError for all else."""
-    if isinstance(data, bytes):
-        return data
-    if isinstance(data, str):
-        raise TypeError("data is a str: a connection sends bytes; encode it first, for example data.encode()")
-    try:
-        return bytes(memoryview(data))
-    except TypeError:
-        raise TypeError(f"data is of type {type(data).__name__}: a connection sends bytes-like objects") from None
 
 
 class Connection(Channel):
     """A connection; subclass it and override the callbacks, all of which are optional.
 
-    Callbacks of one connection never overlap and come in order, on an I/O thread or on the connection's work thread.
-    One that raises is reported to `Server.handle_error` and closes this connection, and nothing else.
+    Callbacks of one connection never overlap and come in order, on an I/O thread or on the connection's
+    work thread. One that raises is reported to `Server.handle_error` and closes this connection, and
+    nothing else.
 
     Attributes:
         id: a number that no other connection of this process has.
@@ -54,7 +42,7 @@ class Connection(Channel):
     def __init__(self, server: Any = None, peer_address: Address | None = None) -> None:
         """Called by the server with itself and the peer's address; a subclass's own takes the same."""
 
-    # -- callbacks -------------------------------------------------------------------------------------------------
+    # -- callbacks ------------------------------------------------------------------------------------------
 
     def on_connect(self) -> None:
         """The connection works; the first callback."""
@@ -63,40 +51,26 @@ class Connection(Channel):
         """Bytes came: as many as one receive brought, for TCP knows no messages."""
 
     def on_eof(self) -> bool | None:
-        """The peer will send no more. Return True to keep sending; otherwise what is queued is sent, then we close."""
+        """The peer will send no more.
+
+        Return True to keep sending; otherwise what is queued is sent, then we close.
+        """
         return None
 
     def on_drain(self) -> None:
         """The write queue had passed the high mark and has now fallen to the low mark: send on."""
 
     def on_timeout(self, kind: str) -> bool | None:
-        """`idle_timeout` ("idle") or `set_deadline` ("deadline") ran out. Return True to go on; otherwise we close."""
+        """`idle_timeout` ("idle") or `set_deadline` ("deadline") ran out.
+
+        Return True to go on; otherwise we close.
+        """
         return None
 
     def on_close(self, exc: OSError | None) -> None:
         """The last callback, once for each on_connect; `exc` is None where the end was clean."""
 
-    # -- sending ---------------------------------------------------------------------------------------------------
-
-    def send(self, data: Buffer) -> bool:
-        """Send bytes, after all that was handed over before.
-
-        Args:
-            data: a bytes object, which is kept uncopied until it is sent, or another buffer, which is copied. Empty: a
-                no-op.
-
-        Returns:
-            False where more than `high_mark` bytes are waiting: better wait for on_drain. Nothing is lost; only above
-            `write_buffer_max` is the connection closed, with reason `overflow`.
-
-        Raises:
-            ConnectionClosedError: after close(), send_eof() or the end of the connection.
-            TypeError: `data` is not bytes-like.
-
-        Any thread; never blocks.
-        Source: learn.microsoft.com/windows/win32/api/winsock2/nf-winsock2-wsasend
-        """
-        return self._send(data if data.__class__ is bytes else as_bytes(data))
+    # -- sending --------------------------------------------------------------------------------------------
 
     def send_many(self, buffers: Iterable[Buffer]) -> bool:
         """Send several buffers by one gathered WSASend (64 buffers, 256 KiB at most; more take several).
@@ -110,7 +84,8 @@ class Connection(Channel):
     def send_eof(self) -> None:
         """Half-close: what is queued is sent, then FIN; receiving goes on until the peer's EOF.
 
-        Any thread; never blocks; again is a no-op. Raises ConnectionClosedError where the connection is closed.
+        Any thread; never blocks; again is a no-op. Raises ConnectionClosedError where the connection is
+        closed.
         """
         with self._lock:
             if self._state != life.OPEN:
@@ -119,13 +94,13 @@ class Connection(Channel):
                 self._eof_out = True
                 self._advance()
 
-    # -- the end ---------------------------------------------------------------------------------------------------
+    # -- the end --------------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Close gracefully: send what is queued, send FIN, wait up to `linger_timeout` for the peer's, close.
 
-        What arrives meanwhile is dropped. A peer that takes no byte for `linger_timeout` is cut off. Any thread; never
-        blocks; again is a no-op.
+        What arrives meanwhile is dropped. A peer that takes no byte for `linger_timeout` is cut off. Any
+        thread; never blocks; again is a no-op.
         """
         with self._lock:
             self._close(CloseReason.LOCAL)
@@ -158,7 +133,9 @@ class Connection(Channel):
         Any other thread. Blocks.
         """
         if self._home.is_callback_thread():
-            raise RuntimeError("wait_closed() was called from a callback: on_close could not run while it waits")
+            raise RuntimeError(
+                "wait_closed() was called from a callback: on_close could not run while it waits"
+            )
         with self._lock:
             if self.closed and not self._opened:
                 return True
@@ -174,12 +151,14 @@ class Connection(Channel):
                     return event.is_set()
         return True
 
-    # -- reading, time, tasks --------------------------------------------------------------------------------------
+    # -- reading, time, tasks -------------------------------------------------------------------------------
 
     def pause_reading(self) -> None:
-        """Call on_data no more until `resume_reading`; the peer is held back by TCP. Any thread; never blocks.
+        """Call on_data no more until `resume_reading`; the peer is held back by TCP. Any thread; never
+        blocks.
 
-        While paused nobody looks at the socket: the peer's end is noticed by sending, by timeouts, or on resuming.
+        While paused nobody looks at the socket: the peer's end is noticed by sending, by timeouts, or on
+        resuming.
         """
         self._paused = True
 
@@ -210,7 +189,8 @@ class Connection(Channel):
             self._arm()
 
     def call_soon(self, function: Callable[..., object], *args: Any) -> None:
-        """Call a function among this connection's callbacks: not overlapping with them, and after those before it.
+        """Call a function among this connection's callbacks: not overlapping with them, and after those
+        before it.
 
         Raises ConnectionClosedError where the connection is closed. Any thread; never blocks.
         """
@@ -218,7 +198,7 @@ class Connection(Channel):
             raise ConnectionClosedError(f"connection {self.id} is closed")
         self._strand.post(self._call, function, *args)
 
-    # -- properties ------------------------------------------------------------------------------------------------
+    # -- properties -----------------------------------------------------------------------------------------
 
     @property
     def server(self) -> Any:
@@ -227,7 +207,10 @@ class Connection(Channel):
 
     @property
     def peer_address(self) -> Address:
-        """The peer, (host, port) or (host, port, flowinfo, scope_id); an IPv4 peer is always shown as IPv4."""
+        """The peer, (host, port) or (host, port, flowinfo, scope_id).
+
+        An IPv4 peer is always shown as IPv4.
+        """
         return self._peer_address
 
     @property
@@ -260,7 +243,7 @@ class Connection(Channel):
         """The TLS session, None on a plain connection."""
         return None
 
-    # -- live tunables ---------------------------------------------------------------------------------------------
+    # -- live tunables --------------------------------------------------------------------------------------
 
     def _change(self, **changes: Any) -> None:
         with self._lock:
@@ -330,7 +313,10 @@ class Connection(Channel):
 
     @property
     def keepalive(self) -> KeepAlive:
-        """Seconds, or (idle, interval) in seconds, between the system's probes of a quiet peer; None: no probes."""
+        """Seconds, or (idle, interval) in seconds, between the system's probes of a quiet peer; None.
+
+        No probes.
+        """
         return self._settings.keepalive
 
     @keepalive.setter

@@ -3,7 +3,8 @@
 Laws
 1. Servers and clients of a process share one engine unless they are given one or name their own `io_threads`.
 2. An engine counts its users; the shared one stops with the last of them and is made anew for the next.
-3. When the interpreter ends, engines still running are stopped first: a script that forgets to stop a server exits.
+3. When the interpreter ends, engines still running are stopped first: a script that forgets to stop a
+   server exits.
 """
 
 from __future__ import annotations
@@ -142,13 +143,18 @@ _shared_lock = threading.Lock()
 
 
 def enter_engine(user: Any, at_exit: Callable[[], None], given: Engine | None, io_threads: int) -> Engine:
-    """Enter the engine a user is to have: the given one, one of its own for its `io_threads`, or the shared one."""
+    """Enter the engine a user is to have.
+
+    The given one, one of its own for its `io_threads`, or the shared one.
+    """
     global _shared
     if given is not None or io_threads:
         engine = given if given is not None else Engine(io_threads)
         engine.enter(user, at_exit)
         return engine
-    with _shared_lock:  # so that the last user of the shared engine cannot leave between the look and the entering
+    with (
+        _shared_lock
+    ):  # so that the last user of the shared engine cannot leave between the look and the entering
         if _shared is None or not _shared.running:
             _shared = Engine()
         _shared.enter(user, at_exit)
@@ -162,6 +168,7 @@ def _at_exit() -> None:
         engine.stop_at_exit()
 
 
-# The I/O threads are not daemons, so the interpreter waits for them; this hook runs before it does. It exists on all
-# supported versions (concurrent.futures relies on it); atexit would come too late and serves only as the fallback.
+# The I/O threads are not daemons, so the interpreter waits for them; this hook runs before it does. It
+# exists on all supported versions (concurrent.futures relies on it); atexit would come too late and serves
+# only as the fallback.
 getattr(threading, "_register_atexit", atexit.register)(_at_exit)

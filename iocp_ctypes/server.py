@@ -1,10 +1,12 @@
 """L6: Server: listening sockets, the connections they bring, and the way they all end.
 
 Laws
-1. Addresses, handler and options are checked before a socket exists; sockets are bound before the constructor returns.
+1. Addresses, handler and options are checked before a socket exists; sockets are bound before the
+   constructor returns.
 2. `_lock` guards the counts and the table of connections; no user code and no native call runs under it.
 3. A connection is counted from the moment it was accepted until its on_close has returned.
-4. Stopping has one way: stop accepting, close gracefully, abort what is left at the deadline, leave the engine.
+4. Stopping has one way: stop accepting, close gracefully, abort what is left at the deadline, leave the
+   engine.
 """
 
 from __future__ import annotations
@@ -13,19 +15,20 @@ import logging
 import socket
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, overload
 
 from ._acceptor import SILENT_LOOK_MAX, Acceptor
-from ._addresses import Address, check_address, format_address, is_one_address, parse_sockaddr, resolve_listening
-from ._channel import Home
+from ._addresses import Address, check_addresses, format_address, parse_sockaddr, resolve_listening
+from ._channel import Buffer, as_bytes
 from ._errors import ConnectionClosedError
 from ._lifecycle import CloseReason
+from ._lifetime import Home
 from ._options import ServerOptions, Settings, Usage, change, make_settings
 from ._sockops import ListeningSocket, OverlappedSocket, listen
 from ._stats import Stats
-from .connection import Buffer, Connection, as_bytes
+from .connection import Connection
 from .engine import Engine, enter_engine
 from .workers import WorkThreads
 
@@ -70,7 +73,8 @@ class _Live(Generic[T]):
 class Server:
     """A TCP server on a completion port.
 
-    Use `serve_forever()`, or `start()` and `stop()`, or a `with` block, which starts and stops it. Thread-safe.
+    Use `serve_forever()`, or `start()` and `stop()`, or a `with` block, which starts and stops it.
+    Thread-safe.
     """
 
     silent_timeout = _Live[float | None]("silent_timeout")
@@ -94,30 +98,32 @@ class Server:
         """Bind and listen; nothing is accepted before `start`.
 
         Args:
-            address: (host, port), an iterable of several, or a bound stream socket. Host "" is every interface, IPv4
-                and IPv6; port 0 is any that is free.
-            handler: a Connection subclass, or a factory called with (server, peer_address) that returns a Connection.
-            engine: whose threads to use; None: the engine of the process, or one of its own where `io_threads` is
-                named.
+            address: (host, port), an iterable of several, or a bound stream socket. Host "" is every
+                interface, IPv4 and IPv6; port 0 is any that is free.
+            handler: a Connection subclass, or a factory called with (server, peer_address) that returns a
+                Connection.
+            engine: whose threads to use; None: the engine of the process, or one of its own where
+                `io_threads` is named.
             options: see `iocp_ctypes.OPTIONS`.
 
         Raises:
-            TypeError, ValueError: an option, an address or the handler is wrong; the message says what is allowed.
-            OSError: an address cannot be had; the message names it.
+            TypeError, ValueError: an option, an address or the handler is wrong; the message says what is
+            allowed. OSError: an address cannot be had; the message names it.
 
         May ask the name service for the host, and blocks while it does.
         """
         self._settings: Settings = make_settings(options)
-        self._handler = _check_handler(handler)
+        self._handler: Callable[[Server, Address], Any] = _check_handler(handler)
         if engine is not None and not isinstance(engine, Engine):
             raise TypeError(f"engine={engine!r}: must be an Engine or None")
         if engine is not None and self._settings.io_threads:
+            count = self._settings.io_threads
             raise ValueError(
-                f"io_threads={self._settings.io_threads}: the given engine has its threads; leave one of the two out"
+                f"io_threads={count}: the given engine has its own threads; leave one of the two out"
             )
         self._given_engine = engine
         self._engine: Engine | None = None
-        self._sockets = self._listen(_check_addresses(address))
+        self._sockets = self._listen(check_addresses(address))
         self._addresses: tuple[Address, ...] = tuple(sock.getsockname() for sock in self._sockets)
         self._lock = threading.Lock()
         self._gone_one = threading.Condition(self._lock)
@@ -155,7 +161,7 @@ class Server:
             raise
         return made
 
-    # -- running -----------------------------------------------------------------------------------------------------
+    # -- running --------------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Begin to accept, and return at once. RuntimeError where it was started or stopped before."""
@@ -174,7 +180,12 @@ class Server:
             )
             self._acceptor = Acceptor(
                 [ListeningSocket(sock, engine.proactor, engine.port) for sock in self._sockets],
-                engine.watchdog, settings.backlog, settings.accept_data, self._room, self._admit, self._accepted,
+                engine.watchdog,
+                settings.backlog,
+                settings.accept_data,
+                self._room,
+                self._admit,
+                self._accepted,
             )
         if workers:
             workers.start()
@@ -184,14 +195,15 @@ class Server:
         log.debug("listening on %s", ", ".join(format_address(address) for address in self.addresses))
 
     def serve_forever(self, poll_interval: float = 0.25) -> None:
-        """Serve until `shutdown`, `stop` or Ctrl-C, then stop. Starts the server where `start` was not called.
+        """Serve until `shutdown`, `stop` or Ctrl-C, then stop. Starts the server where `start` was not
+        called.
 
         Args:
-            poll_interval: seconds between two looks for Ctrl-C, which Windows does not let through while a thread
-                waits.
+            poll_interval: seconds between two looks for Ctrl-C, which Windows does not let through while a
+                thread waits.
 
-        Ctrl-C returns as `shutdown` does. SystemExit or KeyboardInterrupt raised by a callback is raised again here.
-        Blocks; from the main thread, if Ctrl-C shall work.
+        Ctrl-C returns as `shutdown` does. SystemExit or KeyboardInterrupt raised by a callback is raised
+        again here. Blocks; from the main thread, if Ctrl-C shall work.
         """
         if self._engine is None:
             self.start()
@@ -210,14 +222,15 @@ class Server:
         self._shutdown_wanted.set()
 
     def stop(self, timeout: float = 5.0) -> bool:
-        """Stop accepting, close all connections gracefully, abort at the deadline those that are left, end the threads.
+        """Stop accepting, close all connections gracefully, abort at the deadline those that are left, end
+        the threads.
 
         Args:
             timeout: seconds for the graceful part.
 
         Returns:
-            True where every connection's on_close has returned and all threads have ended. From a callback: False, for
-            the rest happens on another thread after the callback has returned.
+            True where every connection's on_close has returned and all threads have ended. From a callback:
+            False, for the rest happens on another thread after the callback has returned.
 
         Any thread; blocks for `timeout` and up to two seconds more.
         """
@@ -271,7 +284,7 @@ class Server:
         """Stop the server."""
         self.stop()
 
-    # -- accepting, on the I/O threads -------------------------------------------------------------------------------
+    # -- accepting, on the I/O threads ----------------------------------------------------------------------
 
     def _room(self) -> int:
         most = self._settings.max_connections
@@ -353,10 +366,11 @@ class Server:
 
     def _make(self, peer: Address, sock: OverlappedSocket) -> Connection | None:
         try:
-            connection = self._handler(self, peer)
+            connection: Any = self._handler(self, peer)
             if not isinstance(connection, Connection):
                 raise TypeError(f"the handler returned {connection!r}, which is no Connection")
-            return connection
+            made: Connection = connection
+            return made
         except Exception:
             log.exception("the handler could not make a connection for %s", format_address(peer))
             sock.reset_on_close()
@@ -390,7 +404,10 @@ class Server:
             log.exception("handle_error raised")
 
     def _look_for_silent(self) -> None:
-        """Reap sockets that are connected and silent inside AcceptEx, every so often. On the watchdog's thread."""
+        """Reap sockets that are connected and silent inside AcceptEx, every so often.
+
+        On the watchdog's thread.
+        """
         acceptor, engine, timeout = self._acceptor, self._engine, self._settings.silent_timeout
         if acceptor is None or engine is None or self._stopping:
             return
@@ -404,21 +421,22 @@ class Server:
             workers is not None and workers.is_work_thread()
         )
 
-    # -- for subclasses ------------------------------------------------------------------------------------------------
+    # -- for subclasses -------------------------------------------------------------------------------------
 
     def verify_request(self, peer_address: Address) -> bool:
         """Return False to refuse a peer, which sees a reset. On an I/O thread: do not block."""
         return True
 
     def handle_error(self, connection: Connection, exc: BaseException) -> None:
-        """A callback of a connection raised; the connection is closed with reason `error`. Logs it with its traceback.
+        """A callback of a connection raised; the connection is closed with reason `error`. Logs it with its
+        traceback.
 
         On the thread of the callback.
         """
         local, peer = format_address(connection.local_address), format_address(connection.peer_address)
         log.error("connection %d from %s to %s: a callback raised", connection.id, peer, local, exc_info=exc)
 
-    # -- what runs -----------------------------------------------------------------------------------------------------
+    # -- what runs ------------------------------------------------------------------------------------------
 
     @property
     def address(self) -> Address:
@@ -481,7 +499,7 @@ class Server:
         for connection in self.connections:
             connection.abort()
 
-    # -- live tunables and figures ---------------------------------------------------------------------------------------
+    # -- live tunables and figures --------------------------------------------------------------------------
 
     def _change(self, name: str, value: Any) -> None:
         with self._lock:
@@ -505,8 +523,13 @@ class Server:
 
     @property
     def sendcap(self) -> Usage:
-        """The cap of concurrent WSASends of a new connection, and how many all connections have; assign the cap."""
-        return Usage(self._settings.sendcap, sum(connection.sendcap.in_use for connection in self.connections))
+        """The cap of concurrent WSASends of a new connection, and how many all connections have.
+
+        Assign the cap.
+        """
+        return Usage(
+            self._settings.sendcap, sum(connection.sendcap.in_use for connection in self.connections)
+        )
 
     @sendcap.setter
     def sendcap(self, cap: int) -> None:
@@ -540,40 +563,10 @@ class Server:
 
 
 def _check_handler(handler: Any) -> Handler:
-    if isinstance(handler, type):
-        good = issubclass(handler, Connection)
-    else:
-        good = callable(handler)
+    good = issubclass(handler, Connection) if isinstance(handler, type) else callable(handler)
     if not good:
         raise TypeError(
             f"handler={handler!r}: must be a subclass of Connection, or a function of (server, peer_address)"
         )
     checked: Handler = handler
     return checked
-
-
-def _check_addresses(address: Any) -> list[Address | socket.socket]:
-    if is_one_address(address) or isinstance(address, socket.socket):
-        several: Iterable[Any] = [address]
-    elif isinstance(address, Iterable) and not isinstance(address, (str, bytes, tuple)):
-        several = list(address)
-    elif isinstance(address, tuple) and address and all(isinstance(part, (tuple, socket.socket)) for part in address):
-        several = address
-    else:
-        several = [address]
-    checked = [_check_socket(one) if isinstance(one, socket.socket) else check_address(one) for one in several]
-    if not checked:
-        raise ValueError(f"address={address!r}: names no address to listen on")
-    return checked
-
-
-def _check_socket(sock: socket.socket) -> socket.socket:
-    if sock.family not in (socket.AF_INET, socket.AF_INET6) or sock.type != socket.SOCK_STREAM:
-        raise ValueError(f"address={sock!r}: must be a bound IPv4 or IPv6 stream socket")
-    try:
-        port = sock.getsockname()[1]
-    except OSError:
-        port = 0
-    if not port:
-        raise ValueError(f"address={sock!r}: is not bound to an address yet")
-    return sock

@@ -1,7 +1,8 @@
 """L5: the watchdog, the one thread that acts when time has passed.
 
 Laws
-1. It sleeps until the earliest deadline: its cost is proportional to what expires, not to the number of connections.
+1. It sleeps until the earliest deadline: its cost is proportional to what expires, not to the number of
+   connections.
 2. What it calls never blocks and runs no user code: user callbacks go to the I/O threads.
 3. Any thread may set and cancel. It is woken only by a deadline earlier than the one it sleeps for.
 """
@@ -80,4 +81,6 @@ class Watchdog:
                 try:
                     action()
                 except Exception:
-                    log.critical("a deadline's action raised, which is a defect of iocp_ctypes", exc_info=True)
+                    log.critical(
+                        "a deadline's action raised, which is a defect of iocp_ctypes", exc_info=True
+                    )

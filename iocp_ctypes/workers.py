@@ -1,8 +1,10 @@
-"""L6: work threads, to which connections are pinned, so that their callbacks may block and keep thread-local state.
+"""L6: work threads, to which connections are pinned, so that their callbacks may block and keep
+thread-local state.
 
 Laws
 1. A connection's callbacks all run on one thread, chosen by the connection's number, never by who is free.
-2. The queue of a thread is bounded by what its connections have in flight: one receive each, and a few callbacks.
+2. The queue of a thread is bounded by what its connections have in flight: one receive each, and a few
+   callbacks.
 """
 
 from __future__ import annotations
@@ -47,7 +49,10 @@ class WorkThreads:
         return tuple(tasks.qsize() for tasks in self._queues)
 
     def stop(self, timeout: float) -> bool:
-        """End the threads after what is queued; blocks up to `timeout` seconds. Returns whether all have ended."""
+        """End the threads after what is queued; blocks up to `timeout` seconds.
+
+        Returns whether all have ended.
+        """
         for tasks in self._queues:
             tasks.put(None)
         deadline = time.monotonic() + timeout
