@@ -9,12 +9,12 @@ the report.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import platform
 import secrets
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -43,7 +43,10 @@ BASELINE = "asyncio"
 
 @dataclass(frozen=True)
 class Measure:
-    """A measure of `load.py` with its arguments; `fresh`: it wants a server that has served nobody yet."""
+    """A measure of `load.py` with its arguments; `fresh`: it wants a server that has served nobody yet.
+
+    `rounds_max` keeps a long one from most rounds.
+    """
 
     name: str
     load: str
@@ -51,17 +54,18 @@ class Measure:
     quick: tuple[str, ...] = ()  # in place of `arguments`, where --quick makes a difference
     timed: bool = False  # takes --seconds and --warmup
     fresh: bool = False
+    rounds_max: int = 100
 
 
 # In this order: the first wants a fresh server, the last one may leave it without a listener.
 MEASURES = (
-    Measure("idle", "idle", ("--count", "2000"), ("--count", "1000"), fresh=True),
+    Measure("idle", "idle", ("--count", "2000"), ("--count", "500"), fresh=True),
     Measure("echo1", "exchange", ("--clients", "1"), timed=True),
     Measure("echo64", "exchange", ("--clients", "64"), timed=True),
     Measure("echo1000", "exchange", ("--clients", "1000"), timed=True),
     Measure("churn", "churn", ("--clients", "16"), timed=True),
     Measure("storm", "storm", ("--count", "5000", "--clients", "500"),
-            quick=("--count", "2000", "--clients", "500")),
+            quick=("--count", "1000", "--clients", "500"), rounds_max=3),
     Measure("bulk", "bulk", ("--mib", "128"), ("--mib", "32")),
     Measure("resets", "resets", ("--count", "30", "--seconds", "2")),
 )
@@ -90,7 +94,8 @@ class Bench:
         try:
             for turn in range(self._options.rounds):
                 for place, measure in enumerate(measures):
-                    self._visit_all(measure, turn, order(list(self.servers), turn + place))
+                    if turn < measure.rounds_max:
+                        self._visit_all(measure, turn, order(list(self.servers), turn + place))
         finally:
             for server in self.servers.values():
                 server.end()
@@ -106,12 +111,13 @@ class Bench:
         result: dict[str, Any] | None = None
         error = self._make_ready(server, measure.fresh)
         if not error:
-            result, error = drive(server, self._arguments(measure))
+            result, error = drive(server, self._arguments(measure, server.kind))
             if not server.running:
                 error = f"the server died, exit code {server.exit_code()}: {server.last_words()}"
             if error or not succeeded(result):
                 self._stale.add(server.name)
-        return Record(turn + 1, measure.name, server.name, position, result, error)
+        said = server.last_lines() if error or (result and result["failures"]) else ()
+        return Record(turn + 1, measure.name, server.name, position, result, error, said)
 
     def _make_ready(self, server: Server, fresh: bool) -> str | None:
         """Starts the server where needed. Returns: why it cannot be measured, None when it can."""
@@ -127,9 +133,11 @@ class Bench:
             return self._hopeless[server.name]
         return None
 
-    def _arguments(self, measure: Measure) -> list[str]:
+    def _arguments(self, measure: Measure, kind: Kind) -> list[str]:
         options = self._options
         arguments = [measure.load, *(measure.quick if options.quick and measure.quick else measure.arguments)]
+        if measure.load == "idle":
+            arguments[-1] = str(min(kind.idle_max, int(arguments[-1])))
         if measure.timed:
             arguments += ["--seconds", str(options.seconds), "--warmup", str(options.warmup)]
         return arguments
@@ -183,7 +191,7 @@ def parser() -> argparse.ArgumentParser:
                         help="our server once more, with other options; repeatable")
     parser.add_argument("--measures", default=",".join(names), metavar="NAMES", help="of: %(default)s")
     parser.add_argument("--rounds", type=int, help="default: 5, or 2 with --quick")
-    parser.add_argument("--seconds", type=float, help="length of a measured window (default: 1.5, or 0.8)")
+    parser.add_argument("--seconds", type=float, help="length of a measured window (default: 1.5, or 0.6)")
     parser.add_argument("--quick", action="store_true", help="fewer, shorter rounds: a minute and a half")
     parser.add_argument("--json", metavar="FILE",
                         help="write all raw rounds; -: to stdout, and the table to stderr")
@@ -195,7 +203,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[Kin
     command = parser()
     options = command.parse_args(arguments)
     options.rounds = (2 if options.quick else 5) if options.rounds is None else options.rounds
-    options.seconds = (0.8 if options.quick else 1.5) if options.seconds is None else options.seconds
+    options.seconds = (0.6 if options.quick else 1.5) if options.seconds is None else options.seconds
     options.warmup = min(0.4, options.seconds / 3)
     if not 1 <= options.rounds <= 100 or not 0.1 <= options.seconds <= 60:
         command.error("--rounds is 1 to 100, --seconds 0.1 to 60")
@@ -233,7 +241,7 @@ def describe(starter: Starter, options: argparse.Namespace, kinds: Sequence[Kind
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns: 0; 1 where a server of ours failed; 2 where nothing could be run."""
+    """Returns: 0; 1 if a server of ours failed or nothing was measured; 2 for wrong options; 130 if ended."""
     options, kinds, measures = parse(arguments)
     packages = sorted({package for kind in kinds for package in kind.packages})
     try:
@@ -246,8 +254,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     header = describe(starter, options, kinds)
     bench = Bench(kinds, starter, options)
     started = time.monotonic()
-    with contextlib.suppress(KeyboardInterrupt):  # what was measured until then is worth its report
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the servers must not stay behind
+    interrupted = False
+    try:
         bench.run(measures)
+    except KeyboardInterrupt:
+        interrupted = True  # what was measured until then is worth its report
     say(f"took {time.monotonic() - started:.0f} s")
     baseline = BASELINE if BASELINE in bench.servers else next(reversed(bench.servers))
     print(table(header, bench.records, baseline), file=sys.stderr if options.json == "-" else sys.stdout)
@@ -257,5 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(text)
         else:
             Path(options.json).write_text(text + "\n", encoding="utf-8")
+    if interrupted:
+        return 130
     failed = any(record.error for record in bench.records if record.server not in PEERS)
     return 1 if failed or not any(record.result for record in bench.records) else 0

@@ -26,9 +26,9 @@ Address = tuple[str, int]
 clock = time.perf_counter
 
 
-def named(exc: OSError) -> str:
-    """Returns: the name of an error number, the same on every system where there is one."""
-    return errno.errorcode.get(exc.errno or 0, type(exc).__name__).removeprefix("WSA")
+def named(number: int | None) -> str:
+    """Returns: the name of an error number, the same on every system."""
+    return errno.errorcode.get(number or 0, f"error {number}").removeprefix("WSA")
 
 
 def payload(number: int) -> bytes:
@@ -120,7 +120,7 @@ class Cycle:
         attempt = Attempt(sock, payload(self._number), clock())
         error = sock.connect_ex(self._address)
         if error not in CONNECTING:
-            self.failures["connect " + errno.errorcode.get(error, str(error)).removeprefix("WSA")] += 1
+            self.failures["connect " + named(error)] += 1
             sock.close()
             return False
         fd = sock.fileno()
@@ -136,7 +136,9 @@ class Cycle:
         except BlockingIOError:
             return
         except OSError as exc:
-            self._fail(attempt, "connect " + named(exc))
+            # Windows says here only that it is not connected; the reason is in the socket.
+            error = attempt.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) or exc.errno
+            self._fail(attempt, "connect " + named(error))
             return
         attempt.sent = True
         self._poller.modify(fd, READ)
@@ -158,7 +160,7 @@ class Cycle:
         except BlockingIOError:
             return
         except OSError as exc:
-            self._fail(attempt, "receive " + named(exc))
+            self._fail(attempt, "receive " + named(exc.errno))
             return
         attempt.received += data
         if attempt.received != attempt.message:

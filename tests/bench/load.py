@@ -45,7 +45,7 @@ RESET_PAUSE_S = 0.5  # for the server to find the resets
 DRAIN_S = 5.0  # time for connections under way when a window ends
 QUIET_S = 0.3  # a server that used next to no processor time for so long has settled …
 QUIET_SHARE = 0.1  # … next to none: this share of one processor …
-QUIET_MAX_S = 8.0  # … and after so long it is taken as it is
+QUIET_MAX_S = 6.0  # … and after so long it is taken as it is
 
 NOTHING = Watched()
 LINGER_RESET = struct.pack("HH" if sys.platform == "win32" else "ii", 1, 0)
@@ -107,6 +107,7 @@ class Survived:
     """Clients that reset at once, then a normal one: served or not, and after how long."""
 
     resets: int
+    served_before: bool  # a normal client before all that
     served: bool
     seconds: float
     failures: dict[str, int] = field(default_factory=dict)
@@ -174,7 +175,7 @@ def _exchange(clients: dict[int, Client], poller: Poller, seconds: float, latenc
             except BlockingIOError:
                 continue
             except OSError as exc:
-                reason = "exchange " + named(exc)
+                reason = "exchange " + named(exc.errno)
             if reason:
                 failures[reason] += 1
                 poller.unregister(fd)
@@ -277,7 +278,7 @@ def bulk(address: Address, mib: int, watched: Watched = NOTHING) -> Streamed:
         try:
             checksum = _stream(sock, block, total)
         except OSError as exc:
-            failures["bulk " + (named(exc) if exc.errno else str(exc))] += 1
+            failures["bulk " + (named(exc.errno) if exc.errno else str(exc))] += 1
     took, cost = clock() - started, meter.cost(mib)
     for sock in sockets:
         sock.close()
@@ -317,16 +318,18 @@ def _stream(sock: socket.socket, block: memoryview, total: int) -> int:
 
 
 def idle(address: Address, connections: int, watched: Watched = NOTHING) -> Rested:
-    """Measures the memory of connections that exchanged one message; wants a server that is fresh."""
-    first, failures = connect_many(address, 20)  # what the first ones load is not theirs
-    for sock in first:
-        sock.close()
+    """Measures the memory of connections that exchanged one message; wants a server that is fresh.
+
+    A quarter more are opened first: they take up what starting left free in the server's heap, which would
+    otherwise make the first connections look like nothing.
+    """
+    opened, failures = connect_many(address, connections // 4)
     settle(watched)
     before = memory(watched.server)
     sockets, more = connect_many(address, connections)
     settle(watched)
     after = memory(watched.server)
-    for sock in sockets:
+    for sock in opened + sockets:
         sock.close()
     failures.update(more)
     if not before or not after or not sockets:
@@ -337,20 +340,25 @@ def idle(address: Address, connections: int, watched: Watched = NOTHING) -> Rest
 
 def resets(address: Address, count: int, wait: float) -> Survived:
     """Resets `count` connections at once; then: does a normal client get its echo within `wait` seconds?"""
-    failures: Counter[str] = Counter()
+    served_before, _, failures = _serves(address, wait)
     for _ in range(count):
         try:
             with socket.create_connection(address, timeout=wait) as sock:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_RESET)
         except OSError as exc:
-            failures["connect " + named(exc)] += 1
+            failures["connect to reset " + named(exc.errno)] += 1
     time.sleep(RESET_PAUSE_S)
+    served, seconds, more = _serves(address, wait)
+    return Survived(count, served_before, served, seconds, dict(failures + more))
+
+
+def _serves(address: Address, wait: float) -> tuple[bool, float, Counter[str]]:
+    """Returns: whether a normal client gets its echo, after how many seconds, and what it failed of."""
     started = clock()
     cycle = Cycle(address, 1, socket.socket.close, wait)
     cycle.skipped(cycle.run(wait, 1))
     cycle.drain(wait)
-    failures.update(cycle.failures)
-    return Survived(count, bool(cycle.latencies_s), clock() - started, dict(failures))
+    return bool(cycle.latencies_s), clock() - started, cycle.failures
 
 
 def _parser() -> argparse.ArgumentParser:

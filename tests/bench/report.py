@@ -31,6 +31,7 @@ class Record:
     position: int  # in the order of this round
     result: dict[str, Any] | None
     error: str | None
+    said: tuple[str, ...] = ()  # the server's last lines, where anything failed
 
 
 @dataclass(frozen=True)
@@ -217,9 +218,13 @@ def _notes(records: Sequence[Record], servers: Sequence[str], baseline: str) -> 
         for server in servers:
             if counted := failures(records, measure, server):
                 details = "; ".join(f"{count} x {reason}" for reason, count in counted.most_common())
-                lines.append(f"failed: {measure}, {server}: {details}")
+                said = next((record.said[-1] for record in records
+                             if (record.measure, record.server) == (measure, server) and record.said), "")
+                said = f"; it said: {said}" if said else ""
+                lines.append(f"failed: {measure}, {server}: {details}{said}")
     deaf = {record.server for record in records
-            if record.measure == "resets" and record.result and not record.result["served"]}
+            if record.measure == "resets" and record.result
+            and record.result["served_before"] and not record.result["served"]}
     lines += [f"{server} accepts nobody any more after clients that reset at once: its listener is dead."
               for server in servers if server in deaf]
     return lines

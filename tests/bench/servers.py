@@ -38,6 +38,7 @@ class Kind:
     name: str
     arguments: tuple[str, ...]
     packages: tuple[str, ...] = ()
+    idle_max: int = 2000  # connections in the measure of memory
 
 
 def ours(name: str, options: Sequence[str]) -> Kind:
@@ -48,9 +49,11 @@ def ours(name: str, options: Sequence[str]) -> Kind:
 
 PEERS = {
     "asyncio": Kind("asyncio", ("-m", "bench.peers.asyncio_proactor")),
-    "threading": Kind("threading", ("-m", "bench.peers.threading_server")),
+    # 500 show what a thread takes as well as 2,000 do, whose ending keeps Wine busy for ten seconds.
+    "threading": Kind("threading", ("-m", "bench.peers.threading_server"), idle_max=500),
     "winloop": Kind("winloop", ("-m", "bench.peers.winloop_server"), ("winloop",)),
-    "twisted": Kind("twisted", ("-m", "bench.peers.twisted_iocp"), ("twisted",)),
+    "twisted": Kind("twisted", ("-m", "bench.peers.twisted_iocp"),
+                    ("twisted", "twisted-iocpsupport", "pywin32")),
 }
 
 
@@ -143,9 +146,13 @@ class Server:
         pids = {self._process.pid, *self._pythons()}
         return Watched(tuple(sorted(pids)), self._wineserver)
 
+    def last_lines(self) -> tuple[str, ...]:
+        """Returns: what it printed last, for a report of what went wrong; not the line that it is ready."""
+        return tuple(line for line in self._lines.copy() if line.strip() and not READY.search(line))
+
     def last_words(self) -> str:
-        """Returns: the last line it printed, for a report of a server that is gone."""
-        return next((line for line in reversed(self._lines) if line.strip()), "no output")
+        """Returns: the last of these lines."""
+        return (self.last_lines() or ("no output",))[-1]
 
     def exit_code(self) -> int | None:
         return self._process.poll() if self._process else None

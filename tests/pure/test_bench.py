@@ -175,9 +175,10 @@ def test_idle_keeps_its_connections_open_until_it_has_read(address: Address) -> 
 def test_resets_then_a_normal_client(address: Address, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load, "RESET_PAUSE_S", 0.0)
     result = load.resets(address, count=5, wait=2.0)
-    assert (result.resets, result.served) == (5, True)
+    assert (result.resets, result.served_before, result.served) == (5, True, True)
     gone = load.resets(closed_address(), count=1, wait=0.2)
     assert not gone.served
+    assert not gone.served_before
     assert gone.failures
 
 
@@ -208,10 +209,11 @@ def test_a_ratio_is_taken_round_by_round() -> None:
 
 
 def test_the_report_shows_failures_deaths_and_a_dead_listener() -> None:
+    deaf = {"served_before": True, "served": False}
     records = [record(1, "ours", 30, failures={"no echo in time": 2}),
                record(1, "asyncio", 10, error="the server died"),
-               report.Record(1, "resets", "ours", 0, {"served": True}, None),
-               report.Record(1, "resets", "asyncio", 1, {"served": False}, None)]
+               report.Record(1, "resets", "ours", 0, {"served_before": True, "served": True}, None),
+               report.Record(1, "resets", "asyncio", 1, deaf, None, ("Boo",))]
     text = report.table(HEADER, records, "asyncio")
     assert "failed: echo64, ours: 2 x no echo in time" in text
     assert "failed: echo64, asyncio: 1 x the server died" in text

@@ -1,7 +1,9 @@
 """Echo server on Twisted's IOCP reactor (pip install twisted); off Windows on its default reactor."""
 
 import importlib
+import site
 import sys
+from pathlib import Path
 from typing import Any
 
 LISTEN_BACKLOG = 200  # the same kernel queue for every server; its own default is 50
@@ -21,6 +23,9 @@ class Echo(protocol.Protocol):  # type: ignore[misc]  # untyped: Twisted is opti
 
 def main() -> None:
     if sys.platform == "win32":
+        # pywin32, which the reactor imports, is only found by its .pth file, which PYTHONPATH does not read.
+        for folder in [folder for folder in sys.path if Path(folder, "pywin32.pth").exists()]:
+            site.addsitedir(folder)
         importlib.import_module("twisted.internet.iocpreactor").install()
     reactor: Any = importlib.import_module("twisted.internet.reactor")
     factory = protocol.Factory.forProtocol(Echo)
