@@ -208,7 +208,7 @@ class Channel(Lifetime):
 
     def _post_receive(self, size: int) -> None:
         """Post one receive with a buffer of `size` bytes. Needs the lock."""
-        assert self._lock.locked()
+        assert self._lock._is_owned()
         operation = self._operation
         if operation is None or operation.size != size:
             proactor = self._home.engine.proactor
@@ -284,7 +284,7 @@ class Channel(Lifetime):
 
     def _send_queued(self, buffers: Sequence[bytes]) -> bool:
         """Queue buffers and send as much as may be in flight. Needs the lock."""
-        assert self._lock.locked()
+        assert self._lock._is_owned()
         if self._state != life.OPEN or self._eof_out:
             raise ConnectionClosedError(f"connection {self.id} is closed for sending")
         flow = self._flow
@@ -305,7 +305,7 @@ class Channel(Lifetime):
 
     def _flush(self) -> None:
         """Issue sends of what is queued, as many as sendcap allows. Needs the lock."""
-        assert self._lock.locked()
+        assert self._lock._is_owned()
         flow = self._flow
         proactor = self._home.engine.proactor
         while flow.queued and flow.sends < self._settings.sendcap and self._retry_due is None:

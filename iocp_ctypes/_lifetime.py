@@ -3,8 +3,8 @@
 Laws
 1. Callbacks never overlap and come in order: they run on the strand. on_connect first, on_close last, each
    exactly once, whatever the others raised.
-2. `_lock` guards state, write queue and the handle's life. It is held across issuing a call, which never
-   blocks, and never while user code runs. What says "needs the lock" asserts it.
+2. `_lock` guards state, write queue and the handle's life. Nobody takes two of these locks. It is held across
+   issuing a call, which never blocks, and never while user code runs. What says "needs the lock" asserts it.
 3. Three steps to the end: JOINING (nothing new is issued, all is cancelled), joined (no packet outstanding),
    closed (closesocket, then on_close). The first reason wins.
 4. "Closed" is decided by our own state, never by a status: what a cancelled operation reports differs from
@@ -45,6 +45,11 @@ RETRY_MAX: Final = 1.0
 #: Where a connection's receiving is: nothing posted and nobody delivering; the kernel has a receive; its
 #: bytes are on the way to on_data.
 IDLE, POSTED, DELIVERING = 0, 1, 2
+
+#: Connections share these locks by number. CPython on Windows makes a kernel semaphore for every lock, and a
+#: lock is held only for moments that never block, so thousands of connections do with a few. Reentrant, because
+#: a garbage collection inside may run a finalizer that closes some other connection.
+_LOCKS: Final = tuple(threading.RLock() for _ in range(64))
 
 _numbers = itertools.count(1)
 
@@ -114,7 +119,7 @@ class Lifetime:
         execute = home.engine.dispatcher.call_soon if home.executor is None else home.executor(self.id)
         self._strand = Strand(execute)
         self._flow = WriteFlow()
-        self._lock = threading.Lock()
+        self._lock: Any = _LOCKS[self.id % len(_LOCKS)]
         self._state = life.OPEN
         self._reading = DELIVERING  # on_connect comes first; then the first receive is posted
         self._operation: Operation | None = None
@@ -182,7 +187,7 @@ class Lifetime:
 
     def _move(self, event: str) -> bool:
         """Change the state by the table; True where there was such a change. Needs the lock."""
-        assert self._lock.locked()
+        assert self._lock._is_owned()
         state = life.TRANSITIONS.get((self._state, event))
         if state is None:
             return False
@@ -219,7 +224,7 @@ class Lifetime:
 
     def _fail(self, reason: CloseReason, exc: OSError | None, reset: bool = False) -> None:
         """End now: nothing more is sent or received. The first reason wins. Needs the lock."""
-        assert self._lock.locked()
+        assert self._lock._is_owned()
         if not self._move(life.FAIL):
             return
         self._reason = self._reason or reason
@@ -285,7 +290,7 @@ class Lifetime:
 
         Needs the lock.
         """
-        assert self._lock.locked()
+        assert self._lock._is_owned()
         if self._state >= life.JOINING:
             return
         due = self._next_due()

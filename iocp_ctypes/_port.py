@@ -92,7 +92,8 @@ class CompletionPort:
         Returns:
             How many packets were taken; 0 where the time ran out.
         """
-        if _win32.hot_reap(self._argument, batch.argument, batch.size, batch.count_argument, timeout_ms, 0):
+        call = _win32.hot_reap if timeout_ms else _win32.hot_poll
+        if call(self._argument, batch.argument, batch.size, batch.count_argument, timeout_ms, 0):
             return batch.move_to(ready)
         code = ctypes.get_last_error()
         if code != _win32.WAIT_TIMEOUT:

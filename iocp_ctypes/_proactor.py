@@ -89,7 +89,9 @@ class Operation(_win32.TRANSFER):
         """Point the one WSABUF at a bytes object, uncopied."""
         self.keep = data
         self.buf = data
-        self.length = self.len = len(data)
+        length = len(data)
+        if length != self.length:  # setting a field costs more than looking
+            self.length = self.len = length
 
     def load_pieces(self, pieces: list[Piece]) -> tuple[Any, int]:
         """Point a gather list at pieces, uncopied; return it as an argument, and how many WSABUFs it has."""
@@ -102,7 +104,7 @@ class Operation(_win32.TRANSFER):
             wsabuf.len = stop - start
             total += stop - start
         self.keep = pieces
-        self.length = total
+        self.length = self.len = total
         return c_void_p.from_param(addressof(self.vector)), len(pieces)
 
 

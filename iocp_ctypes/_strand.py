@@ -20,11 +20,13 @@ from typing import Any
 class Strand:
     """The running flag and the queue."""
 
-    __slots__ = ("_execute", "_running", "_tasks")
+    __slots__ = ("_execute", "_tasks", "_token")
 
     def __init__(self, execute: Callable[[Callable[[], None]], None]) -> None:
         """Make a strand; `execute` runs a callable soon on a thread where this strand's tasks belong."""
-        self._running = threading.Lock()
+        # Whoever pops the token is the runner. A list does what a lock would, without waiting and without the
+        # semaphore that CPython makes for every lock on Windows: there are as many strands as connections.
+        self._token = [True]
         self._tasks: deque[tuple[Callable[..., object], tuple[Any, ...]]] | None = (
             None  # made when first needed
         )
@@ -35,11 +37,17 @@ class Strand:
 
         False where somebody runs or tasks wait (then `post` instead).
         """
-        return not self._tasks and self._running.acquire(False)
+        return not self._tasks and self._take()
+
+    def _take(self) -> bool:
+        try:
+            return self._token.pop()
+        except IndexError:
+            return False
 
     def leave(self) -> None:
         """Stop being the runner; what was posted meanwhile is handed on."""
-        self._running.release()
+        self._token.append(True)
         if self._tasks:
             self._execute(self._drain)
 
@@ -59,7 +67,7 @@ class Strand:
     def _drain(self) -> None:
         tasks = self._tasks
         assert tasks is not None
-        if not tasks or not self._running.acquire(False):
+        if not tasks or not self._take():
             return
         try:
             for _ in range(len(tasks)):

@@ -169,6 +169,7 @@ def handle_argument(handle: int) -> Any:
 
 
 if sys.platform == "win32":
+    from _ctypes import FUNCFLAG_PYTHONAPI, FUNCFLAG_STDCALL
     from ctypes import WINFUNCTYPE, WinDLL, get_last_error
 
     _kernel32 = WinDLL("kernel32", use_last_error=True)
@@ -302,14 +303,24 @@ if sys.platform == "win32":
         POINTER(c_int),
     )
 
-    # The second function objects of law 5: same functions, no argtypes, callers hand over ready-made
-    # arguments.
+    class _HeldDLL(ctypes.CDLL):
+        """Calls that never block, made with the GIL held.
+
+        Giving it up and taking it back would cost more than the call, and would leave it for 5 ms to whatever
+        else computes in the process.
+        """
+
+        _func_flags_ = FUNCFLAG_STDCALL | FUNCFLAG_PYTHONAPI
+
+    # The second function objects of law 5: same functions, no argtypes, arguments ready-made by the callers.
     _hot_kernel32 = WinDLL("kernel32", use_last_error=True)
-    _hot_ws2_32 = WinDLL("ws2_32", use_last_error=True)
+    _held_kernel32 = _HeldDLL("kernel32", use_last_error=True)
+    _held_ws2_32 = _HeldDLL("ws2_32", use_last_error=True)
     hot_reap = _hot_kernel32.GetQueuedCompletionStatusEx
-    hot_receive = _hot_ws2_32.WSARecv
-    hot_send = _hot_ws2_32.WSASend
-    HOT: Final = (hot_reap, hot_receive, hot_send)
+    hot_poll = _held_kernel32.GetQueuedCompletionStatusEx  # with a time-out of 0
+    hot_receive = _held_ws2_32.WSARecv
+    hot_send = _held_ws2_32.WSASend
+    HOT: Final = (hot_reap, hot_poll, hot_receive, hot_send)
 
     def is_wine() -> bool:
         """Return whether this Windows is Wine, where some extensions differ (tests/windows.md lists them)."""

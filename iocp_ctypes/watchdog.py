@@ -13,8 +13,12 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from typing import Final
 
 from ._deadlines import Deadline, Deadlines
+
+#: Seconds of one sleep at the most: what `Lock.acquire` takes ends at 49 days on Windows.
+SLEEP_MAX: Final = 86400.0
 
 log = logging.getLogger("iocp_ctypes")
 
@@ -25,9 +29,13 @@ class Watchdog:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         """Make a watchdog; `clock` returns seconds and is the one its deadlines are instants of."""
         self.clock = clock
-        self._changed = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
+        self._bell = (
+            threading.Lock()
+        )  # released to wake the thread; a Condition would make a lock for every wait
+        self._bell.acquire()
         self._deadlines = Deadlines()
-        self._sleeping_until: float | None = None  # None: until notified; meaningful only while it sleeps
+        self._sleeping_until: float | None = None  # None: until it is woken
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="iocp_ctypes watchdog", daemon=False)
 
@@ -37,11 +45,18 @@ class Watchdog:
 
     def at(self, due: float, action: Callable[[], None]) -> Deadline:
         """Call `action` on this thread once the clock reaches `due`. Any thread; never blocks."""
-        with self._changed:
+        with self._lock:
             entry = self._deadlines.add(due, action)
-            if self._sleeping_until is None or due < self._sleeping_until:
-                self._changed.notify()
-            return entry
+            sooner = self._sleeping_until is None or due < self._sleeping_until
+        if sooner:
+            self._ring()
+        return entry
+
+    def _ring(self) -> None:
+        try:
+            self._bell.release()
+        except RuntimeError:
+            pass  # it has been rung already
 
     def later(self, seconds: float, action: Callable[[], None]) -> Deadline:
         """Call `action` on this thread after a while. Any thread; never blocks."""
@@ -49,34 +64,30 @@ class Watchdog:
 
     def cancel(self, entry: Deadline) -> None:
         """Forget a deadline; one that came up already is left alone. Any thread; never blocks."""
-        with self._changed:
+        with self._lock:
             self._deadlines.cancel(entry)
 
     def __len__(self) -> int:
-        with self._changed:
+        with self._lock:
             return len(self._deadlines)
 
     def stop(self, timeout: float) -> bool:
         """End the thread; blocks up to `timeout` seconds. Returns whether it has ended."""
-        with self._changed:
+        with self._lock:
             self._stopping = True
-            self._changed.notify()
+        self._ring()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(timeout)
         return not self._thread.is_alive()
 
     def _run(self) -> None:
         while True:
-            with self._changed:
-                due = self._deadlines.next_due()
-                now = self.clock()
+            with self._lock:
                 if self._stopping:
                     return
-                if due is None or due > now:
-                    self._sleeping_until = due
-                    self._changed.wait(None if due is None else due - now)
-                    continue
+                now = self.clock()
                 actions = self._deadlines.take_due(now)
+                due = self._sleeping_until = self._deadlines.next_due()
             for action in actions:
                 try:
                     action()
@@ -84,3 +95,5 @@ class Watchdog:
                     log.critical(
                         "a deadline's action raised, which is a defect of iocp_ctypes", exc_info=True
                     )
+            if not actions:
+                self._bell.acquire(timeout=-1 if due is None else min(max(0.0, due - now), SLEEP_MAX))
