@@ -1,0 +1,99 @@
+"""Guards around every test on Windows: what it started has ended, and the library had no complaint."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from support import IO_THREADS, Echo, Recorder, handle_count, reachable, serving, wait_until
+
+from iocp_ctypes import engine as engine_module
+
+#: Handles that come and go on their own: Windows and Wine keep some for a while.
+HANDLES_TOLERATED = 5
+
+
+class _Errors(logging.Handler):
+    """Keeps what the library logs as ERROR or CRITICAL."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.records: list[logging.LogRecord] = []
+        self.expected = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
+def _of_library() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("iocp_ctypes")]
+
+
+def _recorders(kind: type[Recorder] = Recorder) -> Iterator[type[Recorder]]:
+    yield kind
+    for sub in kind.__subclasses__():
+        yield from _recorders(sub)
+
+
+@pytest.fixture(autouse=True)
+def guards(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Errors]:
+    """After each test: no thread of the library, no pending operation, no unexpected ERROR in its log."""
+    for kind in _recorders():
+        kind.made.clear()
+    engines: list[engine_module.Engine] = []
+    build = engine_module.Engine.__init__
+
+    def noting(self: engine_module.Engine, *args: Any, **kwargs: Any) -> None:
+        build(self, *args, **kwargs)
+        engines.append(self)
+
+    monkeypatch.setattr(engine_module.Engine, "__init__", noting)
+    errors = _Errors()
+    log = logging.getLogger("iocp_ctypes")
+    log.addHandler(errors)
+    try:
+        yield errors
+        wait_until(lambda: not _of_library(), timeout=5, what=f"threads left behind {_of_library()}")
+        assert not list(engine_module._engines), "an engine was left running"
+        for engine in engines:
+            assert engine.ops_pending == 0, f"{engine.ops_pending} operations are pending"
+        logged = [record.getMessage() for record in errors.records]
+        if errors.expected:
+            assert logged, "the test expects errors in the log, and there are none"
+        else:
+            assert not logged, f"the library logged errors: {logged}"
+    finally:
+        log.removeHandler(errors)
+
+
+@pytest.fixture
+def expects_errors(guards: _Errors) -> list[logging.LogRecord]:
+    """Say that the library shall log errors in this test; returns the list they come into."""
+    guards.expected = True
+    return guards.records
+
+
+@pytest.fixture
+def flat_handles() -> Iterator[None]:
+    """Assert that the test leaves as many kernel handles as there were before it."""
+    with serving(Echo) as server:  # what is made once and kept is made now
+        reachable(server.address)
+    wait_until(lambda: not _of_library())
+    Echo.made.clear()
+    before = handle_count()
+    yield
+    wait_until(lambda: not _of_library())
+    wait_until(
+        lambda: handle_count() <= before + HANDLES_TOLERATED,
+        timeout=5,
+        what=f"handle count at most {before} + {HANDLES_TOLERATED}, now {handle_count()}",
+    )
+
+
+@pytest.fixture(params=[IO_THREADS] if IO_THREADS else [1, 4])
+def io_threads(request: pytest.FixtureRequest) -> int:
+    """Run a test of concurrency with one I/O thread and with four, or as support.IO_THREADS says."""
+    return int(request.param)
