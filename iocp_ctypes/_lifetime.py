@@ -47,8 +47,8 @@ RETRY_MAX: Final = 1.0
 IDLE, POSTED, DELIVERING = 0, 1, 2
 
 #: Connections share these locks by number. CPython on Windows makes a kernel semaphore for every lock, and a
-#: lock is held only for moments that never block, so thousands of connections do with a few. Reentrant, because
-#: a garbage collection inside may run a finalizer that closes some other connection.
+#: lock is held only for moments that never block, so thousands of connections do with a few. Reentrant,
+#: because a garbage collection inside may run a finalizer that closes some other connection.
 _LOCKS: Final = tuple(threading.RLock() for _ in range(64))
 
 _numbers = itertools.count(1)
