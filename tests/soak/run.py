@@ -1,0 +1,35 @@
+"""The command: `python3 tests/soak/run.py many|storm|all [--python 3.12] [--seed N]`.
+
+Prints figures and claims as they come. Exit code: 0 where all claims hold, 1 where one does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import secrets
+import sys
+import time
+from pathlib import Path
+
+RUNS = ("many", "storm")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("what", choices=(*RUNS, "all"))
+    parser.add_argument("--python", help="a tag as of tests/windows.py, for example 3.13t")
+    parser.add_argument("--seed", type=int, default=secrets.randbelow(1 << 32), help="of all that is random")
+    options = parser.parse_args()
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    failed: list[str] = []
+    for name in RUNS if options.what == "all" else (options.what,):
+        began = time.monotonic()
+        failed += importlib.import_module(f"soak.{name}").run(options.python, options.seed)
+        print(f"   seconds in all: {time.monotonic() - began:.1f}", flush=True)
+    print("all claims hold" if not failed else f"{len(failed)} claims FAILED: {'; '.join(failed)}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
