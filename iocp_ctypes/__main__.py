@@ -1,73 +1,101 @@
-"""The command line: parses arguments and starts what is elsewhere; no logic of its own.
+"""The command line: it parses arguments and starts what is in `_commands`; no logic of its own.
 
-Exit codes: 0 ended by Ctrl-C or done, 1 cannot listen or the demo failed, 2 bad arguments.
+Exit codes: 0 done or ended by Ctrl-C, 1 cannot listen, the demonstration failed or this is no Windows, 2 bad
+arguments. An error is one line on stderr.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NoReturn
 
-from ._options import OPTIONS, RECV_MODES, check_option
+from ._options import OPTIONS, check_option
 
-#: Options of Server that the serving commands take, with their types.
-SERVING: tuple[tuple[str, Any], ...] = (
-    ("io_threads", int),
-    ("work_threads", int),
-    ("backlog", int),
-    ("sendcap", int),
-    ("recv_mode", str),
-)
+#: The options of Server that a serving command takes; OPTIONS says what they allow and mean.
+SERVING: Final = ("io_threads", "work_threads", "backlog", "sendcap", "recv_mode")
+
+#: More clients than this, and what is shown is how this process runs out of sockets.
+CLIENTS_MAX: Final = 5000
+MESSAGES_MAX: Final = 1000
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells what is wrong in one line; no abbreviations, which the next version's options would break."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _option(name: str) -> Callable[[str], Any]:
+    """Return what reads the text of an option of Server; the table of options says what is wrong with it."""
+
+    def read(text: str) -> Any:
+        try:
+            value: int | str = int(text)
+        except ValueError:
+            value = text
+        try:
+            return check_option(name, value)
+        except (TypeError, ValueError) as exc:
+            raise argparse.ArgumentTypeError(str(exc)) from exc
+
+    return read
+
+
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not (text.isdecimal() and low <= int(text) <= high):
+            raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number from {low} to {high}")
+        return int(text)
+
+    return number
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m iocp_ctypes", description="A TCP server on a completion port."
-    )
+    parser = _Parser(prog="python -m iocp_ctypes", description="TCP servers on a completion port.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
     echo = commands.add_parser("echo", help="serve: send back what comes")
-    echo.add_argument("--host", default="127.0.0.1", help="address to listen on; '' is every interface")
-    echo.add_argument("--port", type=int, default=9000, help="port to listen on; 0 is any that is free")
+    echo.add_argument(
+        "--host", default="127.0.0.1", help="where to listen; '' is every interface (%(default)s)"
+    )
+    echo.add_argument(
+        "--port", type=_whole(0, 65535), default=9000, help="0 is any that is free (%(default)s)"
+    )
+    for name in SERVING:
+        meaning = OPTIONS[name].meaning
+        echo.add_argument(f"--{name.replace('_', '-')}", type=_option(name), metavar="VALUE", help=meaning)
     echo.add_argument("--stats", action="store_true", help="print the server's figures at the end")
-    for name, kind in SERVING:
-        choices = RECV_MODES if name == "recv_mode" else None
-        echo.add_argument(
-            f"--{name.replace('_', '-')}", type=kind, choices=choices, help=OPTIONS[name].meaning
-        )
-    demo = commands.add_parser("demo", help="serve 1,000 clients of this very process and say what happened")
-    demo.add_argument("--clients", type=int, default=1000, help="how many clients, 1 to 5000")
-    demo.add_argument("--messages", type=int, default=5, help="messages of each client, 1 to 1000")
+
+    demo = commands.add_parser("demo", help="serve clients of this very process, and say what happened")
+    demo.add_argument("--clients", type=_whole(1, CLIENTS_MAX), default=1000, help="(%(default)s)")
+    demo.add_argument("--messages", type=_whole(1, MESSAGES_MAX), default=5, help="of each (%(default)s)")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+    """Run one command; returns the exit code, or leaves by SystemExit as argparse does."""
     parser = _parser()
     given = parser.parse_args(arguments)
     try:
-        options = {
-            name: check_option(name, getattr(given, name))
-            for name, _kind in SERVING
-            if getattr(given, name, None) is not None
-        }
-    except (TypeError, ValueError) as exc:
-        parser.exit(2, f"{parser.prog}: error: {exc}\n")
-    if sys.platform != "win32":
-        parser.exit(
-            1, f"{parser.prog}: error: iocp_ctypes needs Windows: {sys.platform} has no completion ports\n"
+        from . import (
+            Server,  # noqa: F401  # off Windows its ImportError says what is missing
+            _commands,
         )
-    from . import _commands
 
-    try:
         if given.command == "demo":
             return _commands.demo(given.clients, given.messages)
-        return _commands.echo(given.host, given.port, options, given.stats)
-    except (TypeError, ValueError) as exc:
-        parser.exit(2, f"{parser.prog}: error: {exc}\n")
-    except OSError as exc:
-        parser.exit(1, f"{parser.prog}: error: {exc}\n")
+        options = {name: value for name in SERVING if (value := getattr(given, name)) is not None}
+        return _commands.echo((given.host, given.port), given.stats, options)
+    except KeyboardInterrupt:
+        return 0
+    except (ImportError, OSError) as exc:
+        parser.exit(1, f"{parser.prog}: error: {getattr(exc, 'strerror', None) or exc}\n")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ Laws
 
 from __future__ import annotations
 
+import errno
 import socket
 import struct
 from collections.abc import Iterable
@@ -111,7 +112,8 @@ def resolve_listening(address: Address, dualstack: bool | None) -> list[tuple[in
     """Return where to bind for one address: (family, address, dual-stack) for each socket.
 
     The host "" is every interface: one dual-stack IPv6 socket where the system has IPv6, else IPv4.
-    May ask the name service; it blocks for as long as that takes.
+    OSError names the address where its host is not known. May ask the name service; it blocks for as long as
+    that takes.
     """
     host, port = address[0], address[1]
     if len(address) == 4:
@@ -120,7 +122,12 @@ def resolve_listening(address: Address, dualstack: bool | None) -> list[tuple[in
         if socket.has_ipv6 and dualstack is not False:
             return [(socket.AF_INET6, ("::", port, 0, 0), True)]
         return [(socket.AF_INET, ("0.0.0.0", port), False)]
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (socket.gaierror, ValueError) as exc:  # ValueError: what cannot be a name at all
+        number = exc.errno if isinstance(exc, OSError) else errno.EINVAL
+        text = f"cannot listen on {format_address(address)}: the host is not known"
+        raise OSError(number or errno.EINVAL, text) from exc
     places: list[tuple[int, Address, bool]] = []
     for family, _type, _protocol, _name, sockaddr in found:
         place = (int(family), tuple(sockaddr), bool(dualstack) and family == socket.AF_INET6)
