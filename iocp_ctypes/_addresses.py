@@ -29,15 +29,19 @@ def parse_sockaddr(raw: bytes) -> Address | None:
     family = int.from_bytes(raw[:2], "little")
     port = int.from_bytes(raw[2:4], "big")
     if family == socket.AF_INET:
-        return socket.inet_ntop(socket.AF_INET, raw[4:8]), port
+        return _dotted(raw[4:8]), port
     if family == WINDOWS_AF_INET6 and len(raw) >= 28:
         host = raw[8:24]
         if host.startswith(_MAPPED_PREFIX):
-            return socket.inet_ntop(socket.AF_INET, host[12:]), port
+            return _dotted(host[12:]), port
         flow = int.from_bytes(raw[4:8], "big")
         (scope,) = struct.unpack("<I", raw[24:28])
         return socket.inet_ntop(socket.AF_INET6, host), port, flow, scope
     return None
+
+
+def _dotted(host: bytes) -> str:
+    return "%d.%d.%d.%d" % (host[0], host[1], host[2], host[3])
 
 
 def format_address(address: Address | None) -> str:
