@@ -15,7 +15,6 @@ import platform
 import secrets
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -23,10 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .drive import drive
+from .hotspots import profile
 from .report import Header, Record, as_json, headline, table
 from .servers import (
     PEERS,
-    TESTS,
     Kind,
     NotStarted,
     Server,
@@ -37,8 +37,9 @@ from .servers import (
     wine_version,
 )
 
-LOAD_MAX_S = 150.0  # the longest measure, a storm that fails, ends itself before
 BASELINE = "asyncio"
+PROFILE_CLIENTS = 64
+PROFILE_PYTHON = "3.11"  # see profiled.py
 
 
 @dataclass(frozen=True)
@@ -143,27 +144,6 @@ class Bench:
         return arguments
 
 
-def drive(server: Server, arguments: Sequence[str]) -> tuple[dict[str, Any] | None, str | None]:
-    """Runs the load generator, a process of its own. Returns: its result, and what went wrong."""
-    watched = server.watched()
-    host, port = server.address
-    command = [sys.executable, "-m", "bench.load", arguments[0], f"{host}:{port}", *arguments[1:]]
-    for pid in watched.server:
-        command += ["--server", str(pid)]
-    for pid in watched.wineserver:
-        command += ["--wineserver", str(pid)]
-    try:
-        done = subprocess.run(command, cwd=str(TESTS), timeout=LOAD_MAX_S, check=False,
-                              stdin=subprocess.DEVNULL, capture_output=True)
-    except subprocess.TimeoutExpired:
-        return None, f"the load generator did not end in {LOAD_MAX_S:g} s"
-    if done.returncode:
-        lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no output"]
-        return None, f"the load generator failed: {lines[-1]}"
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result, None
-
-
 def succeeded(result: dict[str, Any] | None) -> bool:
     """Returns: whether the server served anybody at all in this measure."""
     counts = ("exchanges", "connections", "bytes", "served")
@@ -193,6 +173,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, help="default: 5, or 2 with --quick")
     parser.add_argument("--seconds", type=float, help="length of a measured window (default: 1.5, or 0.6)")
     parser.add_argument("--quick", action="store_true", help="fewer, shorter rounds: a minute and a half")
+    parser.add_argument("--profile", metavar="NAME",
+                        help="measure nothing; show where this server's time goes (Python 3.11 only)")
     parser.add_argument("--json", metavar="FILE",
                         help="write all raw rounds; -: to stdout, and the table to stderr")
     return parser
@@ -216,6 +198,9 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[Kin
     kinds += [PEERS[name] for name in chosen(command, "--against", options.against, list(PEERS))]
     if not kinds or len({kind.name for kind in kinds}) < len(kinds):
         command.error("no server, or two of the same name")
+    if options.profile:
+        chosen(command, "--profile", options.profile, [kind.name for kind in kinds])
+        options.python = options.python or PROFILE_PYTHON
     wanted = chosen(command, "--measures", options.measures, [measure.name for measure in MEASURES])
     return options, kinds, [measure for measure in MEASURES if measure.name in wanted]
 
@@ -251,6 +236,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         say(f"run.py: {exc}")
         return 2
+    if options.profile:
+        kind = next(kind for kind in kinds if kind.name == options.profile)
+        print(profile(kind, starter, PROFILE_CLIENTS, options.seconds))
+        return 0
     header = describe(starter, options, kinds)
     bench = Bench(kinds, starter, options)
     started = time.monotonic()

@@ -15,10 +15,10 @@ from typing import Any
 SCHEMA = 1
 EXPLANATION = """\
 Median of the rounds [lowest-highest]. Ratio: a server's figure over {baseline}'s of the same round; median.
-best: whether high or low is better. CPU: of the server's own process. Wineserver does the work of the Windows
-kernel, for all that runs in this Wine prefix; a request to it is about what a system call is on Windows. From
-Wine to Windows user CPU and the number of requests carry over; system CPU and rates less so, and servers with
-blocking calls look better here than they are there."""
+best: whether high or low is better. CPU: of the server itself. Wineserver does the work of the Windows
+kernel, in one thread; a request to it is about what a system call is on Windows. From Wine to Windows user
+CPU and the number of requests carry over; system CPU and rates less so, and servers with blocking calls look
+better here than they are there."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import command, load, report, usage
+from bench import command, hotspots, load, report, usage
 from bench.cycle import Address, Cycle, payload
 
 
@@ -231,8 +231,25 @@ def test_the_json_holds_every_raw_round() -> None:
     assert loaded["rounds"][0]["result"]["per_s"] == 10
 
 
+def test_hotspots_are_for_one_exchange_and_sorted_by_own_time() -> None:
+    rows = [["small", 10, 0.001, 0.005], ["large", 30, 0.002, 0.002]]
+    lines = hotspots.table(rows, exchanges=10).splitlines()
+    assert lines[2].split() == ["3.000", "200.00", "200.00", "large"]
+    assert lines[3].split() == ["1.000", "100.00", "500.00", "small"]
+    assert lines[4].split() == ["4.000", "all", "calls"]
+
+
+def test_the_use_of_a_process_that_is_gone_is_not_known() -> None:
+    gone = 2**31 - 7
+    assert usage.cpu([gone]) is None
+    assert usage.memory([os.getpid(), gone]) is None
+    assert usage.memory([]) is None
+    assert usage.Meter(usage.Watched(server=(gone,))).cost(10) == usage.Cost()
+
+
 @pytest.mark.parametrize("arguments", [["--against", "nobody"], ["--measures", "nothing"], ["--rounds", "0"],
-                                       ["--variant", "x"], ["--variant", "ours=--io-threads 1"]])
+                                       ["--variant", "x"], ["--variant", "ours=--io-threads 1"],
+                                       ["--profile", "nobody"]])
 def test_wrong_arguments_end_with_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         command.parse(arguments)
