@@ -41,7 +41,7 @@ def parse_sockaddr(raw: bytes) -> Address | None:
 
 
 def _dotted(host: bytes) -> str:
-    return "%d.%d.%d.%d" % (host[0], host[1], host[2], host[3])
+    return f"{host[0]}.{host[1]}.{host[2]}.{host[3]}"
 
 
 def format_address(address: Address | None) -> str:
