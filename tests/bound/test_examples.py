@@ -52,7 +52,7 @@ def test_echo() -> None:
         program.line(rf"bye \('127\.0\.0\.1', {first.getsockname()[1]}\) eof")
         for client in others:
             client.close()
-            program.line(rf"bye \('127\.0\.0\.1', \d+\) eof")
+            program.line(r"bye \('127\.0\.0\.1', \d+\) eof")
 
 
 def test_echo_to_a_client_that_reads_late() -> None:
