@@ -10,7 +10,6 @@ Laws
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple, TypedDict
 
@@ -105,16 +104,16 @@ def _whole(low: int, high: int, none: bool = False) -> Check:
     return check
 
 
-def _seconds(none: bool, zero: bool = False) -> Check:
-    low = "0" if zero else "more than 0"
-    allowed = f"a number of seconds ({low}, at most {SECONDS_MAX:.0f})" + (" or None" if none else "")
+def _seconds(none: bool, zero: bool = False, high: float | None = None) -> Check:
+    low, most = "0 or more" if zero else "more than 0", SECONDS_MAX if high is None else high
+    allowed = f"a number of seconds ({low}, at most {most:.0f})" + (" or None" if none else "")
 
     def check(name: str, value: Any) -> Any:
         if value is None and none:
             return None
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name}={value!r}: must be {allowed}")
-        if math.isnan(value) or value > SECONDS_MAX or value < 0 or (value == 0 and not zero):
+        if not 0 <= value <= most or (value == 0 and not zero):  # so put, NaN is refused as well
             raise ValueError(f"{name}={value!r}: must be {allowed}")
         return float(value)
 
@@ -150,17 +149,20 @@ def _choice(*choices: str) -> Check:
 def _keepalive(name: str, value: Any) -> Any:
     if value is None:
         return None
-    one = _seconds(none=False)
-    if isinstance(value, tuple):
-        if len(value) != 2:
-            raise ValueError(f"{name}={value!r}: must be seconds, (idle, interval) in seconds, or None")
-        return one(name, value[0]), one(name, value[1])
-    return one(name, value)
+    one = _seconds(none=False, high=KEEPALIVE_MAX)
+    parts = value if isinstance(value, tuple) else (value, value)
+    allowed = f"seconds (more than 0, at most {KEEPALIVE_MAX:.0f}), (idle, interval) in such seconds, or None"
+    try:
+        idle, interval = (one(name, part) for part in parts)
+    except (TypeError, ValueError) as exc:
+        raise type(exc)(f"{name}={value!r}: must be {allowed}") from None
+    return (idle, interval) if parts is value else idle
 
 
-#: A year: longer timeouts are a mistake in the unit, and a DWORD of milliseconds ends at 49 days for
-#: keepalive.
+#: A year: longer timeouts are a mistake in the unit.
 SECONDS_MAX: Final = 365 * 86400.0
+#: 49 days: Windows takes these times as a DWORD of milliseconds.
+KEEPALIVE_MAX: Final = 4_294_967.0
 
 OPTIONS: Final[dict[str, Option]] = {
     "backlog": Option(_whole(1, 10_000), "AcceptEx operations kept posted by the server"),
