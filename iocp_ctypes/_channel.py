@@ -2,8 +2,9 @@
 
 Laws
 1. One receive at a time: `_reading` is IDLE (nothing posted and nobody delivering), POSTED (the kernel has
-   it) or DELIVERING (its bytes are on the way to on_data, after which the next one is posted). So bytes
-   stay in order, and what on_data does not take in stays with the peer, by TCP's own flow control.
+   it), DELIVERING (its bytes are on the way to on_data, after which the next one is posted) or ENDED (on_eof
+   was called). So bytes stay in order, and what on_data does not take in stays with the peer, by TCP's own
+   flow control.
 2. What may be sent is sent at once, by the thread that sends; the rest queues and goes out as sends complete,
    in the order of the calls.
 3. An operation that the system lacks resources for is issued again later; nothing is lost by it.
@@ -21,14 +22,13 @@ from ._errors import (
     RESOURCE_CODES,
     ConnectionClosedError,
     error_from_code,
-    error_from_status,
     reason_of,
-    winsock_code,
 )
 from ._flow import SEND_SLICE_MAX, Piece
 from ._lifecycle import CloseReason
-from ._lifetime import DELIVERING, IDLE, POSTED, RETRY_FIRST, SMALL_RECEIVE, Lifetime
+from ._lifetime import DELIVERING, ENDED, IDLE, POSTED, RETRY_FIRST, SMALL_RECEIVE, Lifetime
 from ._proactor import COMPLETED, PENDING, Operation
+from ._sockops import error_code
 
 Buffer = bytes | bytearray | memoryview
 
@@ -64,6 +64,8 @@ class Channel(Lifetime):
         self._run(self._open, first)
 
     def _open(self, first: bytes) -> None:
+        if self._state >= life.JOINING:
+            return  # aborted before it began: neither on_connect nor on_close
         self._opened = True
         self._call(self.on_connect)
         if first:
@@ -77,11 +79,13 @@ class Channel(Lifetime):
 
     def _received(self, operation: Operation, transferred: int, status: int) -> None:
         """Retire a receive. On an I/O thread. The hot path, in one piece: one strand, one lock, one call."""
+        # Copied first: while _reading is POSTED nobody joins, and so nobody else gets this operation's
+        # buffer.
+        data = operation.buffer[:transferred] if transferred else b""
         self._reading = DELIVERING
         if status or not transferred or self._state != life.OPEN or self._paused:
-            self._received_rarely(operation, transferred, status)
+            self._received_rarely(operation, data, status)
             return
-        data = operation.buffer[:transferred]
         self.bytes_received += transferred
         now = monotonic()
         if self._settings.recv_mode == "auto":
@@ -93,6 +97,12 @@ class Channel(Lifetime):
         strand = self._strand
         if self._home.executor is not None or not strand.enter():
             strand.post(self._deliver, data)
+            return
+        if (
+            self._state != life.OPEN or self._paused
+        ):  # looked at on the strand: others may have been there first
+            self._deliver(data)
+            strand.leave()
             return
         try:
             self.on_data(data)
@@ -108,7 +118,7 @@ class Channel(Lifetime):
                 self._receive_next()
         strand.leave()
 
-    def _received_rarely(self, operation: Operation, transferred: int, status: int) -> None:
+    def _received_rarely(self, operation: Operation, data: bytes, status: int) -> None:
         """Retire a receive that failed, brought EOF, or came to a paused or closing connection."""
         eof = False
         with self._lock:
@@ -117,20 +127,18 @@ class Channel(Lifetime):
                 self._join()
             elif status:
                 self._reading = IDLE
-                self._receive_failed(winsock_code(status) or status, status)
+                self._receive_failed(error_code(status))
             elif operation.size == 0:
                 # Bytes or EOF wait: only a receive with a buffer can tell, and it does not wait.
                 self._reading = IDLE
-                if not self._paused:
+                if not self._paused or self._state != life.OPEN:
                     self._post_receive(self._settings.recv_size)
             elif self._state != life.OPEN:
-                self._drop_received(transferred)
-            elif transferred:
-                self._stash_received(operation.buffer[:transferred])
+                self._drop_received(len(data))
+            elif data:
+                self._stash_received(data)
             else:
-                self._eof_in = True
-                self._reading = IDLE
-                eof = not self._paused  # else resume_reading delivers it, after what was stashed
+                self._eof_in = eof = True
         if eof:
             self._run(self._deliver_eof)
 
@@ -173,21 +181,25 @@ class Channel(Lifetime):
         """Hand over what came while reading was paused, then receive on. On the strand."""
         while True:
             with self._lock:
-                if self._state != life.OPEN or self._paused or not self._stash:
+                going = self._state == life.OPEN and not self._paused
+                if going and self._stash:
+                    data = self._stash.pop(0)
+                elif going and self._eof_in:
                     break
-                data = self._stash.pop(0)
+                else:  # in the same breath: who resumes from now on finds IDLE, and has the rest delivered
+                    self._receive_next()
+                    return
             self._call(self.on_data, data)
-        if self._eof_in and not self._paused and self._state == life.OPEN:
-            self._deliver_eof()
-        else:
-            with self._lock:
-                self._receive_next()
+        self._deliver_eof()
 
     def _deliver_eof(self) -> None:
-        self._reading = IDLE
-        keep = self._call(self.on_eof)
+        """Tell on_eof, unless reading is paused: then resume_reading has it told. On the strand."""
         with self._lock:
-            if self._state == life.OPEN:
+            told = self._state == life.OPEN and not self._paused
+            self._reading = ENDED if told else IDLE
+        keep = told and self._call(self.on_eof)
+        with self._lock:
+            if told and self._state == life.OPEN:
                 if not keep:
                     self._close(CloseReason.EOF)
                 elif self._eof_out:
@@ -225,14 +237,14 @@ class Channel(Lifetime):
             self._home.engine.dispatcher.completed(operation.address, operation.InternalHigh)
         elif code != PENDING:
             self._reading = IDLE
-            self._receive_failed(code, 0)
+            self._receive_failed(code)
 
-    def _receive_failed(self, code: int, status: int) -> None:
+    def _receive_failed(self, code: int) -> None:
         """A receive could not be issued, or failed. Needs the lock."""
         if code in RESOURCE_CODES:
             self._retry_later()
         else:
-            self._fail(reason_of(code), error_from_status(status) if status else error_from_code(code))
+            self._fail(reason_of(code), error_from_code(code))
 
     # -- sending --------------------------------------------------------------------------------------------
 
@@ -371,17 +383,22 @@ class Channel(Lifetime):
             self.last_activity = monotonic()
             if transferred != length or status:
                 pieces = kept if isinstance(kept, list) else [Piece(kept, 0, length)]
-                code = winsock_code(status) or status
+                code = error_code(status) if status else 0
                 if not status or code in RESOURCE_CODES:
                     if self._short(pieces, transferred) and status:
                         self._retry_later()
                 else:
-                    self._fail(reason_of(code), error_from_status(status))
+                    self._fail(reason_of(code), error_from_code(code))
             self._flush()
             relieved = self._state == life.OPEN and flow.relieved(self._settings.low_mark)
             self._advance()
         if relieved:
-            self._run(self._call, self.on_drain)
+            self._run(self._deliver_drain)
+
+    def _deliver_drain(self) -> None:
+        """Tell on_drain, unless the connection ended meanwhile. On the strand."""
+        if self._state == life.OPEN:
+            self._call(self.on_drain)
 
     def _try_again(self) -> None:
         """Issue again what the system had no resources for. Needs the lock."""
@@ -393,4 +410,6 @@ class Channel(Lifetime):
         self._flush()
         if self._retry_due is None:
             self._retry_delay = RETRY_FIRST
+        if self._state == life.OPEN and self._flow.relieved(self._settings.low_mark):
+            self._strand.post(self._deliver_drain)
         self._advance()
