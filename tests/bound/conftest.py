@@ -74,6 +74,7 @@ def flat_handles() -> Iterator[None]:
     """Assert that the test leaves as many kernel handles as there were before it."""
     with serving(Echo) as server:  # what is made once and kept is made now
         reachable(server.address)
+    del server  # with its locks
     wait_until(lambda: not _of_library())
     forget()
     before = handle_count()
