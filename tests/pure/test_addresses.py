@@ -113,11 +113,11 @@ def test_any_bytes_are_an_address_or_none(raw: bytes) -> None:
         assert family in (V4, V6)
 
 
-@pytest.mark.parametrize("length", range(28))
-def test_a_short_address_is_none(length: int) -> None:
-    assert parse_sockaddr(sockaddr_in6(bytes(16), 1)[:length]) is None
-    if length < 16:
-        assert parse_sockaddr(sockaddr_in(bytes(4), 1)[:length]) is None
+def test_a_short_address_is_none() -> None:
+    for length in range(28):
+        assert parse_sockaddr(sockaddr_in6(bytes(16), 1)[:length]) is None
+        if length < 16:
+            assert parse_sockaddr(sockaddr_in(bytes(4), 1)[:length]) is None
 
 
 @pytest.mark.parametrize("family", [0, 1, 10, 17, 0x0200, 0x1700, 0xFFFF])
