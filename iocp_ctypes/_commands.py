@@ -141,10 +141,11 @@ def counted_calls() -> Iterator[Counter[str]]:
 async def _clients(address: Address, clients: int, messages: int) -> int:
     """Connect all, then exchange on all, then close all; returns how many exchanges were right."""
     connecting = asyncio.Semaphore(CONNECTING_MAX)
+    streams: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
-    async def connect() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async def connect() -> None:
         async with connecting:
-            return await asyncio.open_connection(*address[:2])
+            streams.append(await asyncio.open_connection(*address[:2]))
 
     async def exchange(number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> int:
         good = 0
@@ -154,9 +155,10 @@ async def _clients(address: Address, clients: int, messages: int) -> int:
             good += await reader.readexactly(len(sent)) == sent
         return good
 
-    streams = await asyncio.gather(*(connect() for _ in range(clients)))
-    good = sum(await asyncio.gather(*(exchange(number, *stream) for number, stream in enumerate(streams))))
-    for _reader, writer in streams:
-        writer.close()
-    await asyncio.gather(*(writer.wait_closed() for _reader, writer in streams))
-    return good
+    try:
+        await asyncio.gather(*(connect() for _ in range(clients)))
+        return sum(await asyncio.gather(*(exchange(number, *ends) for number, ends in enumerate(streams))))
+    finally:
+        for _reader, writer in streams:
+            writer.close()
+        await asyncio.gather(*(writer.wait_closed() for _reader, writer in streams), return_exceptions=True)

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple, TypedDict
+from typing import Any, Final, Generic, NamedTuple, TypedDict, TypeVar, overload
+
+T = TypeVar("T")
 
 KIB: Final = 1024
 MIB: Final = 1024 * 1024
@@ -231,3 +233,29 @@ def check_marks(settings: Settings) -> Settings:
             f" which is {settings.write_buffer_max}"
         )
     return settings
+
+
+class Live(Generic[T]):
+    """An option as an attribute that may be set while its owner runs.
+
+    The owner's `_change` says what that does.
+    """
+
+    def __init__(self, name: str) -> None:
+        """Name the option."""
+        self._name = name
+
+    @overload
+    def __get__(self, owner: None, kind: type) -> Live[T]: ...
+    @overload
+    def __get__(self, owner: object, kind: type) -> T: ...
+    def __get__(self, owner: Any, kind: type) -> Live[T] | T:
+        """Read the option's value in the owner's settings."""
+        if owner is None:
+            return self
+        value: T = getattr(owner._settings, self._name)
+        return value
+
+    def __set__(self, owner: Any, value: T) -> None:
+        """Check and set it."""
+        owner._change(self._name, value)

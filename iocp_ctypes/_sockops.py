@@ -22,7 +22,7 @@ from typing import Any, Final
 
 from . import _win32
 from ._addresses import Address, format_address
-from ._errors import error_from_code
+from ._errors import error_from_code, winsock_code
 from ._options import KeepAlive
 from ._port import CompletionPort
 from ._proactor import COMPLETED, PENDING, Handler, Operation, Proactor
@@ -82,6 +82,11 @@ def provider_is_ifs(handle: int, family: int) -> bool:
         known = not failed and bool(info.dwServiceFlags1 & _win32.XP1_IFS_HANDLES)
         _ifs_families[family] = known
     return known
+
+
+def error_code(status: int) -> int:
+    """Return the Winsock code of an NTSTATUS, or the Win32 code that the system has for it."""
+    return winsock_code(status) or int(_win32.RtlNtStatusToDosError(status & 0xFFFFFFFF))
 
 
 class OverlappedSocket:
@@ -227,7 +232,7 @@ class AcceptOperation(Operation):
 class ListeningSocket:
     """A bound and listening socket whose connections come by AcceptEx."""
 
-    __slots__ = ("_handle", "_proactor", "_python", "address", "family")
+    __slots__ = ("_accept_ex", "_addresses_of", "_handle", "_proactor", "_python", "address", "family")
 
     def __init__(self, python_socket: socket.socket, proactor: Proactor, port: CompletionPort) -> None:
         """Own a listening `socket.socket` and bind it to a port."""
@@ -236,6 +241,8 @@ class ListeningSocket:
         self._proactor = proactor
         self.family = int(python_socket.family)
         self.address: Address = python_socket.getsockname()
+        self._accept_ex = _extension(self._handle, self.family, "AcceptEx")
+        self._addresses_of = _extension(self._handle, self.family, "GetAcceptExSockaddrs")
         port.associate(self._handle)
 
     def accept(self, handler: Handler, data_size: int, home: Any) -> tuple[AcceptOperation | None, int]:
@@ -260,7 +267,7 @@ class ListeningSocket:
         operation = AcceptOperation(accepted, data_size, home)
         operation.handler = handler
         self._proactor.pending[operation.address] = operation
-        if _extension(self._handle, self.family, "AcceptEx")(
+        if self._accept_ex(
             self._handle,
             handle,
             addressof(operation.buffer),
@@ -291,7 +298,7 @@ class ListeningSocket:
         )
         local, peer = c_void_p(), c_void_p()
         local_length, peer_length = c_int(), c_int()
-        _extension(self._handle, self.family, "GetAcceptExSockaddrs")(
+        self._addresses_of(
             addressof(operation.buffer),
             operation.data_size,
             _win32.ACCEPT_ADDRESS_SIZE,
@@ -315,7 +322,11 @@ class ListeningSocket:
         _win32.CancelIoEx(self._handle, operation.address)
 
     def close(self) -> None:
-        """Stop listening; AcceptEx operations complete as cancelled."""
+        """Stop listening; AcceptEx operations complete as cancelled.
+
+        The caller holds the lock of their pool.
+        """
+        self._handle = _win32.INVALID_SOCKET  # before the system gives the number to another socket
         self._python.close()
 
 
