@@ -161,20 +161,23 @@ def test_data_waits_for_on_connect_to_return(options: dict[str, Any]) -> None:
 
 def test_a_paused_connection_gets_nothing_and_then_all_in_order(options: dict[str, Any]) -> None:
     class Pausing(Recorder):
+        pauses = 0
+
         def got(self, data: bytes) -> None:
             self.pause_reading()
+            self.pauses += 1
 
     sent = random.Random(2).randbytes(300_000)
     with serving(Pausing, **options) as server, raw(server.address) as client:
         with beside(lambda: client.sendall(sent)):
             (connection,) = made(Pausing)
+            count = 0
             while len(connection.received) < len(sent):
-                count = connection.names.count("data")
                 connection.resume_reading()
-                connection.resume_reading()
-                connection.until("data", count + 1)
+                count += 1
+                wait_until(lambda wanted=count: connection.pauses == wanted)
                 wait_until(lambda: receives_posted(server) == 0)
-                assert connection.names.count("data") == count + 1
+                assert connection.names.count("data") == count
         assert connection.received == sent
         connection.resume_reading()
         client.close()
