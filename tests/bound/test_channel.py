@@ -173,13 +173,12 @@ def test_a_paused_connection_gets_nothing_and_then_all_in_order(options: dict[st
             (connection,) = made(Pausing)
             count = 0
             while len(connection.received) < len(sent):
-                connection.resume_reading()
                 count += 1
                 wait_until(lambda wanted=count: connection.pauses == wanted)
                 wait_until(lambda: receives_posted(server) == 0)
                 assert connection.names.count("data") == count
+                connection.resume_reading()
         assert connection.received == sent
-        connection.resume_reading()
         client.close()
         connection.until("close")
         connection.check()
