@@ -179,6 +179,8 @@ def test_a_paused_connection_gets_nothing_and_then_all_in_order(options: dict[st
                 assert connection.names.count("data") == count
                 connection.resume_reading()
         assert connection.received == sent
+        wait_until(lambda: connection.pauses == connection.names.count("data"))
+        connection.resume_reading()
         client.close()
         connection.until("close")
         connection.check()
