@@ -16,11 +16,10 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Final
 
-from . import _win32
 from ._errors import ERROR_OPERATION_ABORTED, RESOURCE_CODES, winsock_code
 from ._options import Usage
 from ._proactor import Operation
-from ._sockops import AcceptOperation, ListeningSocket, OverlappedSocket
+from ._sockops import NOT_CONNECTED, AcceptOperation, ListeningSocket, OverlappedSocket
 from .watchdog import Watchdog
 
 #: Seconds before a failed AcceptEx is posted again: doubled each time up to the second.
@@ -175,6 +174,7 @@ class Acceptor:
 
     def _uncount(self, pool: _Pool, operation: AcceptOperation) -> None:
         """An AcceptEx has left the kernel. Needs the lock."""
+        assert self._lock.locked()
         del pool.operations[operation.address]
         self._in_use -= 1
 
@@ -219,7 +219,7 @@ class Acceptor:
             waiting = [(pool, operation) for pool in self._pools for operation in pool.operations.values()]
         for pool, operation in waiting:
             seconds = operation.socket.connect_time()
-            if timeout <= seconds < _win32.CONNECT_TIME_NOT_CONNECTED:
+            if timeout <= seconds < NOT_CONNECTED:
                 pool.listening.reap(operation)
 
     def close(self) -> None:

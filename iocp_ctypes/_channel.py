@@ -27,7 +27,7 @@ from ._errors import (
 from ._flow import SEND_SLICE_MAX, Piece
 from ._lifecycle import CloseReason
 from ._lifetime import DELIVERING, ENDED, IDLE, POSTED, RETRY_FIRST, SMALL_RECEIVE, Lifetime
-from ._proactor import COMPLETED, PENDING, Operation
+from ._proactor import COMPLETED, KEPT_DATA_MAX, PENDING, Operation
 from ._sockops import error_code
 
 Buffer = bytes | bytearray | memoryview
@@ -79,28 +79,27 @@ class Channel(Lifetime):
 
     def _received(self, operation: Operation, transferred: int, status: int) -> None:
         """Retire a receive. On an I/O thread. The hot path, in one piece: one strand, one lock, one call."""
-        # Copied first: while _reading is POSTED nobody joins, and so nobody else gets this operation's
-        # buffer.
-        data = operation.buffer[:transferred] if transferred else b""
-        self._reading = DELIVERING
-        if status or not transferred or self._state != life.OPEN or self._paused:
-            self._received_rarely(operation, data, status)
+        if status or not transferred:
+            self._reading = DELIVERING
+            self._received_rarely(operation, status)
             return
+        # Copied first: while _reading is POSTED nobody joins, and so nobody else gets this operation's buffer.
+        data = operation.buffer[:transferred]
+        self._reading = DELIVERING
         self.bytes_received += transferred
         now = monotonic()
-        if self._settings.recv_mode == "auto":
-            if transferred >= SMALL_RECEIVE:
-                self._next_size = self._settings.recv_size
-            else:
-                self._next_size = SMALL_RECEIVE if now - self.last_activity <= BUSY_GAP else 0
+        if (
+            transferred == operation.size
+            or operation.size != SMALL_RECEIVE
+            or now - self.last_activity > BUSY_GAP
+        ):
+            self._resize(transferred, now - self.last_activity)
         self.last_activity = now
         strand = self._strand
         if self._home.executor is not None or not strand.enter():
             strand.post(self._deliver, data)
             return
-        if (
-            self._state != life.OPEN or self._paused
-        ):  # looked at on the strand: others may have been there first
+        if self._state != life.OPEN or self._paused:  # looked at on the strand: on_close may have been here
             self._deliver(data)
             strand.leave()
             return
@@ -118,8 +117,17 @@ class Channel(Lifetime):
                 self._receive_next()
         strand.leave()
 
-    def _received_rarely(self, operation: Operation, data: bytes, status: int) -> None:
-        """Retire a receive that failed, brought EOF, or came to a paused or closing connection."""
+    def _resize(self, transferred: int, gap: float) -> None:
+        """Choose the size of the next receive in mode "auto": by what this one brought, and how long it took."""
+        if self._settings.recv_mode != "auto":
+            return
+        if transferred >= SMALL_RECEIVE:
+            self._next_size = self._settings.recv_size
+        else:
+            self._next_size = SMALL_RECEIVE if gap <= BUSY_GAP else 0
+
+    def _received_rarely(self, operation: Operation, status: int) -> None:
+        """Retire a receive that failed, brought EOF, or was the alert of a zero-byte one."""
         eof = False
         with self._lock:
             if self._state >= life.JOINING:
@@ -134,32 +142,13 @@ class Channel(Lifetime):
                 if not self._paused or self._state != life.OPEN:
                     self._post_receive(self._settings.recv_size)
             elif self._state != life.OPEN:
-                self._drop_received(len(data))
-            elif data:
-                self._stash_received(data)
+                self._eof_in = True
+                self._reading = IDLE
+                self._advance()
             else:
                 self._eof_in = eof = True
         if eof:
             self._run(self._deliver_eof)
-
-    def _drop_received(self, transferred: int) -> None:
-        """Receive on while closing: nobody wants these bytes, but unread ones would turn our FIN into RST."""
-        self._reading = IDLE
-        if transferred:
-            self._receive_for_close()
-        else:
-            self._eof_in = True
-            self._advance()
-
-    def _stash_received(self, data: bytes) -> None:
-        """Keep what came to a paused connection. Needs the lock."""
-        self.bytes_received += len(data)
-        self.last_activity = monotonic()
-        self._stash = [*(self._stash or ()), data]
-        if self._paused:
-            self._reading = IDLE
-        else:  # resumed a moment ago
-            self._strand.post(self._deliver_stash)
 
     def _deliver(self, data: bytes) -> None:
         """Hand bytes to on_data, then receive on. On the strand."""
@@ -282,12 +271,17 @@ class Channel(Lifetime):
             ):
                 return self._send_queued((data,))
             # The hot path: nothing is before these bytes, so they go straight to the kernel.
-            proactor = self._home.engine.proactor
-            operation = proactor.take_send()
+            sends = self._home.engine.proactor.sends
+            try:
+                operation = sends.pop()
+            except IndexError:
+                operation = Operation()
             operation.load(data)
             code = self._socket.send(operation, self._sent)
             if code == COMPLETED and operation.InternalHigh == length:
-                proactor.give_send(operation)
+                if length <= KEPT_DATA_MAX:
+                    operation.handler = operation.keep = None
+                    sends.append(operation)
                 self.bytes_sent += length
                 self.last_activity = monotonic()
                 return not flow.above

@@ -157,6 +157,7 @@ class Dispatcher:
 
     def _fill(self) -> None:
         """Let as many threads serve as may. Needs the lock."""
+        assert self._lock.locked()
         while len(self._serving) < self._running_max and not self._stopping:
             if self._reserve:
                 worker = self._reserve.pop()

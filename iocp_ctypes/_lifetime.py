@@ -301,6 +301,7 @@ class Lifetime:
 
     def _next_due(self) -> float | None:
         """When this connection wants to be looked at. Needs the lock."""
+        assert self._lock._is_owned()
         due = [at for at in (self._retry_due, self._linger_due) if at is not None]
         if self._state == life.OPEN:
             settings = self._settings

@@ -27,9 +27,10 @@ from ._options import KeepAlive
 from ._port import CompletionPort
 from ._proactor import COMPLETED, PENDING, Handler, Operation, Proactor
 
+#: What `connect_time` says of a socket that no peer has connected to.
+NOT_CONNECTED: Final = _win32.CONNECT_TIME_NOT_CONNECTED
 #: What AcceptEx's buffer holds after the data: two addresses.
 _ACCEPT_ADDRESSES: Final = 2 * _win32.ACCEPT_ADDRESS_SIZE
-_YES: Final = c_int(1)
 _RESET_ON_CLOSE: Final = _win32.LINGER(1, 0)
 
 _startup_data = ctypes.create_string_buffer(512)
@@ -150,8 +151,8 @@ class OverlappedSocket:
         )
 
     def connect_time(self) -> int:
-        """Seconds since the peer connected, or CONNECT_TIME_NOT_CONNECTED."""
-        seconds = _win32.DWORD(_win32.CONNECT_TIME_NOT_CONNECTED)
+        """Seconds since the peer connected, or NOT_CONNECTED."""
+        seconds = _win32.DWORD(NOT_CONNECTED)
         length = c_int(sizeof(seconds))
         _win32.getsockopt(
             self._handle, _win32.SOL_SOCKET, _win32.SO_CONNECT_TIME, byref(seconds), byref(length)
@@ -175,7 +176,10 @@ class OverlappedSocket:
             self._argument, operation.wsabuf, 1, None, operation.flags_argument, operation.overlapped, None
         ):
             return COMPLETED if self.skips else PENDING
-        return self._proactor.settle(operation)
+        code = _win32.get_last_error()
+        if code != PENDING:
+            del self._pending[operation.address]
+        return code
 
     def send(self, operation: Operation, handler: Handler, vector: Any = None, count: int = 1) -> int:
         """Issue a send of what the operation was loaded with: COMPLETED, PENDING or an error code.

@@ -286,6 +286,7 @@ class Server:
 
         Needs the lock.
         """
+        assert self._lock.locked()
         most = self._settings.max_connections
         return most is not None and self._open - len(self._parked) + leaving > most
 
