@@ -83,7 +83,8 @@ class Channel(Lifetime):
             self._reading = DELIVERING
             self._received_rarely(operation, status)
             return
-        # Copied first: while _reading is POSTED nobody joins, and so nobody else gets this operation's buffer.
+        # Copied first: while _reading is POSTED nobody joins, and so nobody else gets this operation's
+        # buffer.
         data = operation.buffer[:transferred]
         self._reading = DELIVERING
         self.bytes_received += transferred
@@ -118,7 +119,10 @@ class Channel(Lifetime):
         strand.leave()
 
     def _resize(self, transferred: int, gap: float) -> None:
-        """Choose the size of the next receive in mode "auto": by what this one brought, and how long it took."""
+        """Choose the size of the next receive in mode "auto".
+
+        By what this one brought, and how long it took.
+        """
         if self._settings.recv_mode != "auto":
             return
         if transferred >= SMALL_RECEIVE:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import ctypes
 import socket
-from ctypes import addressof, byref, c_int, c_void_p, sizeof, string_at
+from ctypes import addressof, byref, c_int, c_void_p, get_last_error, sizeof, string_at
 from typing import Any, Final
 
 from . import _win32
@@ -176,7 +176,7 @@ class OverlappedSocket:
             self._argument, operation.wsabuf, 1, None, operation.flags_argument, operation.overlapped, None
         ):
             return COMPLETED if self.skips else PENDING
-        code = _win32.get_last_error()
+        code = get_last_error()
         if code != PENDING:
             del self._pending[operation.address]
         return code
