@@ -87,7 +87,8 @@ class Channel(Lifetime):
         # buffer.
         data = operation.buffer[:transferred]
         self._reading = DELIVERING
-        self.bytes_received += transferred
+        if self._state == life.OPEN:  # what comes to a closing connection is dropped
+            self.bytes_received += transferred
         now = monotonic()
         if (
             transferred == operation.size

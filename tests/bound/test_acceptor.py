@@ -227,8 +227,7 @@ def test_no_resources_backs_off_longer_each_time_and_the_pool_recovers(
         bench.listening.complete()
     assert bench.pool.usage.in_use == 0
     waits = [bench.back_off() for _ in range(10)]
-    # Anew for each connection that came, then doubled for each failure.
-    assert waits == [RETRY_FIRST, *(min(RETRY_MAX, RETRY_FIRST * 2**number) for number in range(9))]
+    assert waits == [min(RETRY_MAX, RETRY_FIRST * 2**number) for number in range(10)]
     # One attempt for each connection that came, one for each back-off: eight in the first second.
     assert bench.listening.attempts == 8 + 8 + 10
     assert sum(waits[:8]) > 1
