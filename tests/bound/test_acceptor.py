@@ -806,16 +806,16 @@ def test_no_more_connections_than_allowed_in_a_rush(io_threads: int) -> None:
 
 def test_a_flood_of_connects_leaves_the_pool_full() -> None:
     with serving(Echo, backlog=32) as server:
-        for number in range(500):
+        for number in range(300):
             client = raw(server.address)
             if number % 2:
                 rst(client)
             else:
                 client.close()
-        settled(server, 500)
+        settled(server, 300)
         wait_until(lambda: level(server), timeout=1, what="the full pool")
         reachable(server.address)
-        assert server.stats().connections_peak <= 500
+        assert server.stats().connections_peak <= 300
 
 
 def test_several_sockets_share_the_pool() -> None:
