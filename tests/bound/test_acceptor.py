@@ -815,7 +815,6 @@ def test_a_flood_of_connects_leaves_the_pool_full() -> None:
         settled(server, 300)
         wait_until(lambda: level(server), timeout=1, what="the full pool")
         reachable(server.address)
-        assert server.stats().connections_peak <= 300
 
 
 def test_several_sockets_share_the_pool() -> None:
