@@ -165,7 +165,9 @@ def test_the_limits_of_the_design_exist_and_none_is_missing() -> None:
     for name, files in told.items():
         for file in files:
             assert re.search(rf"^{name}: Final = ", (PACKAGE / file).read_text(encoding="utf-8"), re.M), name
-    limit = re.compile(r"^([A-Z]\w*(?:_MAX|_MIN|_TIMEOUT|_FIRST|_PATIENCE\w*|_CHECK\w*|_GAP)): Final = ", re.M)
+    limit = re.compile(
+        r"^([A-Z]\w*(?:_MAX|_MIN|_TIMEOUT|_FIRST|_PATIENCE\w*|_CHECK\w*|_GAP)): Final = ", re.M
+    )
     ours = [path for path in PACKAGE.glob("*.py") if path.name != "_win32.py"]  # its constants are Windows'
     there = {name for path in ours for name in limit.findall(path.read_text(encoding="utf-8"))}
     assert there <= set(told)
