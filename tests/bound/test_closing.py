@@ -121,6 +121,7 @@ ENDINGS: dict[str, Callable[[Any], object]] = {
 }
 
 
+@pytest.mark.wine_differs("local-close")
 @pytest.mark.parametrize("pending", ["a receive", "a receive and sends"])
 @pytest.mark.parametrize("how", ENDINGS)
 def test_what_we_end_is_no_error(how: str, pending: str, caplog: pytest.LogCaptureFixture) -> None:
