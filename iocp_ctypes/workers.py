@@ -69,12 +69,12 @@ class WorkThreads:
 
     @staticmethod
     def _run(tasks: queue.SimpleQueue[_Task | None]) -> None:
-        while True:
+        stopping = False
+        # What the last callback leaves to do, such as on_close, comes before the end.
+        while not (stopping and tasks.empty()):
             task = tasks.get()
             if task is None:
-                if tasks.empty():
-                    return
-                tasks.put(None)  # what the last callback left to do, such as on_close, comes before the end
+                stopping = True
                 continue
             try:
                 task()
