@@ -22,6 +22,7 @@ from ._options import OPTIONS, Usage
 from ._stats import EngineStats, Stats
 
 if TYPE_CHECKING or sys.platform == "win32":
+    from .client import connect
     from .connection import Connection
     from .engine import Engine
     from .server import Server
@@ -38,6 +39,7 @@ __all__ = [
     "Server",
     "Stats",
     "Usage",
+    "connect",
 ]
 
 

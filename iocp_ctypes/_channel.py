@@ -66,6 +66,9 @@ class Channel(Lifetime):
     def _open(self, first: bytes) -> None:
         self._opened = True
         self._call(self.on_connect)
+        with self._lock:
+            if self._state == life.OPEN:
+                self._flush()  # what was sent before it was connected
         if first:
             self.bytes_received += len(first)
             self._deliver(first)
@@ -285,7 +288,7 @@ class Channel(Lifetime):
     def _send_queued(self, buffers: Sequence[bytes]) -> bool:
         """Queue buffers and send as much as may be in flight. Needs the lock."""
         assert self._lock._is_owned()
-        if self._state != life.OPEN or self._eof_out:
+        if self._state > life.OPEN or self._eof_out:
             raise ConnectionClosedError(f"connection {self.id} is closed for sending")
         flow = self._flow
         if flow.size + sum(map(len, buffers)) > self._settings.write_buffer_max:
@@ -293,7 +296,8 @@ class Channel(Lifetime):
         for data in buffers:
             if data:
                 flow.push(data)
-        self._flush()
+        if self._state == life.OPEN:
+            self._flush()
         return flow.mark(self._settings.high_mark)
 
     def _overflow(self) -> bool:

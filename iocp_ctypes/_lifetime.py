@@ -22,7 +22,8 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
 from . import _lifecycle as life
-from ._addresses import Address
+from ._addresses import Address, parse_sockaddr
+from ._errors import reason_of
 from ._flow import WriteFlow
 from ._lifecycle import CloseReason
 from ._options import Settings
@@ -31,6 +32,7 @@ from ._sockops import OverlappedSocket
 from ._strand import Strand
 
 if TYPE_CHECKING:
+    from ._connector import Connector
     from ._deadlines import Deadline
     from .engine import Engine
 
@@ -104,7 +106,7 @@ class Lifetime:
     )
 
     def _attach(
-        self, server: Any, home: Home, sock: OverlappedSocket, settings: Settings, peer: Address
+        self, server: Any, home: Home, sock: OverlappedSocket | Connector, settings: Settings, peer: Address
     ) -> None:
         """Give a connection its socket; what a subclass's `__init__` did or forgot does not matter here."""
         self.id = next(_numbers)
@@ -113,7 +115,7 @@ class Lifetime:
         self.connected_at = self.last_activity = monotonic()
         self._server = server
         self._home = home
-        self._socket = sock
+        self._socket: Any = sock
         self._settings = settings
         self._peer_address = peer
         execute = home.engine.dispatcher.call_soon if home.executor is None else home.executor(self.id)
@@ -138,6 +140,44 @@ class Lifetime:
         self._closed_event: threading.Event | None = None
         self._next_size = self._first_size()
 
+    def _attach_client(self, home: Home, connector: Connector, settings: Settings, peer: Address) -> None:
+        """Give a connection that is not connected yet what stands in for its socket."""
+        self._attach(None, home, connector, settings, peer)
+        self._state = life.CONNECTING
+        self._reading = POSTED  # the connector counts as something in flight
+        self._opened = True  # on_close is owed in any case: it says why connecting failed
+
+    def _connect_done(self, sock: OverlappedSocket | None, error: OSError | None) -> None:
+        """The connector is done. On an I/O thread."""
+        with self._lock:
+            if sock is not None and self._state == life.CONNECTING:
+                error = self._connected(sock)
+            elif sock is not None:
+                sock.close()  # it was closed meanwhile
+            if self._state == life.CONNECTING or self._state == life.JOINING:
+                self._reading = IDLE
+                self._fail(reason_of(getattr(error, "winerror", None) or 0), error)
+                self._join()
+                return
+        self._run(self._open, b"")
+
+    def _connected(self, sock: OverlappedSocket) -> OSError | None:
+        """Take the socket over; returns why it cannot be. Needs the lock."""
+        try:
+            sock.set_nodelay(self._settings.nodelay)
+            if self._settings.keepalive is not None:
+                sock.set_keepalive(self._settings.keepalive)
+        except OSError as exc:
+            sock.close()
+            return exc
+        self._socket = sock
+        self._peer_address = parse_sockaddr(sock.peer_raw) or self._peer_address
+        self.connected_at = self.last_activity = monotonic()
+        self._move(life.CONNECTED)
+        self._reading = DELIVERING
+        self._arm()
+        return None
+
     def _first_size(self) -> int:
         """Bytes of a receive where nothing is known of the flow yet: a new connection is expected to talk."""
         mode = self._settings.recv_mode
@@ -154,6 +194,7 @@ class Lifetime:
 
     # -- what moves, in Channel -----------------------------------------------------------------------------
 
+    def _open(self, first: bytes) -> None: ...
     def _receive_for_close(self) -> None: ...
     def _try_again(self) -> None: ...
 
@@ -198,6 +239,10 @@ class Lifetime:
         """Close gracefully: send what is queued, then FIN, then wait for the peer's. Needs the lock."""
         if self._move(life.CLOSE):
             self._reason = self._reason or reason
+            if self._state == life.JOINING:  # it was not connected yet
+                self._flow.clear()
+                self._cancel()
+                return
             self._stash = None
             self._linger_due = monotonic() + self._settings.linger_timeout
             self._receive_for_close()

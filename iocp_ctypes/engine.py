@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -27,6 +28,8 @@ from .watchdog import Watchdog
 
 #: Seconds an engine's threads get to end at stop; a callback that blocks for longer is left behind.
 STOP_TIMEOUT: Final = 5.0
+#: Name look-ups at a time: the system's resolver blocks a thread for each.
+RESOLVERS_MAX: Final = 4
 #: Seconds they get when the interpreter ends.
 EXIT_TIMEOUT: Final = 1.0
 
@@ -59,6 +62,8 @@ class Engine:
         self._stopped = False
         self._exit_actions: dict[int, Callable[[], None]] = {}
         self._retries = 0
+        self._look_ups: deque[Callable[[], None]] = deque()
+        self._resolvers = 0
 
     @property
     def running(self) -> bool:
@@ -74,6 +79,24 @@ class Engine:
         """Note that a call was put off because the system was short of something."""
         with self._lock:
             self._retries += 1
+
+    def resolve(self, look_up: Callable[[], None]) -> None:
+        """Run a name look-up on a thread of its own; at most RESOLVERS_MAX run at a time, the rest wait."""
+        with self._lock:
+            self._look_ups.append(look_up)
+            if self._resolvers >= RESOLVERS_MAX:
+                return
+            self._resolvers += 1
+        threading.Thread(target=self._resolve, name="iocp_ctypes resolver", daemon=True).start()
+
+    def _resolve(self) -> None:
+        while True:
+            with self._lock:
+                if not self._look_ups:
+                    self._resolvers -= 1
+                    return
+                look_up = self._look_ups.popleft()
+            look_up()
 
     def enter(self, user: Any, at_exit: Callable[[], None]) -> None:
         """Begin to use the engine; `at_exit` is called when the interpreter ends before `leave` was."""
