@@ -11,6 +11,7 @@ Laws
 from __future__ import annotations
 
 import errno
+import sys
 from typing import Final, NamedTuple
 
 from ._lifecycle import CloseReason
@@ -245,7 +246,8 @@ def error_from_status(status: int, what: str = "") -> OSError:
 def _make(kind: type[OSError], errno_name: str, code: int, what: str, text: str) -> OSError:
     number = getattr(errno, errno_name, errno.EIO)
     message = f"{what}: {text}" if what else text
-    exc = kind(number, f"[WinError {code}] {message}" if code else message)
+    # On Windows str() of an exception that has a winerror begins with it.
+    exc = kind(number, f"[WinError {code}] {message}" if code and sys.platform != "win32" else message)
     if code:
         exc.winerror = code
     return exc

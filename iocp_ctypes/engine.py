@@ -144,7 +144,7 @@ class Engine:
         return self._stop(timeout) if self._was_last(user) else True
 
     def leave_soon(self, user: Any) -> None:
-        """End using the engine; if that was the last one, it stops a moment later. Any thread; never blocks."""
+        """End using the engine; if that was the last, it stops a moment later. Any thread; never blocks."""
         if self._was_last(user):
             self.watchdog.later(0.0, self._stop_soon)
 
