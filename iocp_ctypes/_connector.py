@@ -22,10 +22,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from ._addresses import Address, format_address, interleave, numeric_family
-from ._errors import ERROR_OPERATION_ABORTED, error_from_code, error_from_status
+from ._errors import ERROR_OPERATION_ABORTED, error_from_code
 from ._options import KeepAlive
 from ._proactor import COMPLETED, PENDING, Operation
-from ._sockops import OverlappedSocket, open_socket
+from ._sockops import OverlappedSocket, error_code, open_socket
 
 if TYPE_CHECKING:
     from ._deadlines import Deadline
@@ -189,7 +189,7 @@ class Connector:
             if self._over or status:
                 sock.close()
                 if status and not self._over:
-                    self._error = self._error or error_from_status(status, self._where)
+                    self._error = self._error or error_from_code(error_code(status), self._where)
             else:
                 error = self._finish(sock)
                 if error is None:
