@@ -22,7 +22,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
 from . import _lifecycle as life
-from ._addresses import Address
+from ._addresses import Address, parse_sockaddr
 from ._errors import ConnectionClosedError, reason_of
 from ._flow import WriteFlow
 from ._lifecycle import CloseReason
