@@ -26,6 +26,7 @@ if TYPE_CHECKING or sys.platform == "win32":
     from .connection import Connection
     from .engine import Engine
     from .server import Server
+    from .stream import IncompleteReadError, Stream, StreamServer, open_stream
 
 __version__ = "0.1.0"
 
@@ -36,10 +37,14 @@ __all__ = [
     "ConnectionClosedError",
     "Engine",
     "EngineStats",
+    "IncompleteReadError",
     "Server",
     "Stats",
+    "Stream",
+    "StreamServer",
     "Usage",
     "connect",
+    "open_stream",
 ]
 
 

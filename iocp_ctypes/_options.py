@@ -231,6 +231,12 @@ def check_timeout(name: str, value: Any) -> float | None:
     return checked
 
 
+def check_count(name: str, value: Any, low: int, high: int) -> int:
+    """Return a checked whole number from `low` to `high`."""
+    checked: int = _whole(low, high)(name, value)
+    return checked
+
+
 def make_settings(options: ServerOptions | ClientOptions | dict[str, Any]) -> Settings:
     """Check options and return the settings they make; see `check_option`."""
     return check_marks(Settings(**{name: check_option(name, value) for name, value in options.items()}))
