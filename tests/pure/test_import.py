@@ -18,10 +18,29 @@ import iocp_ctypes
 
 FOLDER = Path(iocp_ctypes.__file__).parent
 PURE = {"CloseReason", "ConnectionClosedError", "EngineStats", "OPTIONS", "Stats", "Usage"}
-BOUND = {"Connection", "Engine", "Server"}
+BOUND = {
+    "Connection",
+    "Engine",
+    "IncompleteReadError",
+    "Server",
+    "Stream",
+    "StreamServer",
+    "connect",
+    "open_stream",
+}
 #: Modules that import anywhere; the others need Windows, each with the same words.
 PURE_MODULES = ("_addresses", "_deadlines", "_errors", "_flow", "_lifecycle", "_options", "_stats", "_strand")
-BOUND_MODULES = ("_acceptor", "_channel", "_commands", "_lifetime", "_sockops", "connection", "server")
+BOUND_MODULES = (
+    "_acceptor",
+    "_channel",
+    "_commands",
+    "_lifetime",
+    "_sockops",
+    "client",
+    "connection",
+    "server",
+    "stream",
+)
 ON_WINDOWS = sys.platform == "win32"
 NEEDS_WINDOWS = r"^iocp_ctypes needs Windows for \w+: \w+ has no completion ports$"
 
