@@ -91,16 +91,16 @@ class Channel(Lifetime):
         # buffer.
         data = operation.buffer[:transferred]
         self._reading = DELIVERING
-        if self._state == life.OPEN:  # what comes to a closing connection is dropped
+        if self._state == life.OPEN:  # else it is dropped, and no progress: who waits is waiting for a send
             self.bytes_received += transferred
-        now = monotonic()
-        if (
-            transferred == operation.size
-            or operation.size != SMALL_RECEIVE
-            or now - self.last_activity > BUSY_GAP
-        ):
-            self._resize(transferred, now - self.last_activity)
-        self.last_activity = now
+            now = monotonic()
+            if (
+                transferred == operation.size
+                or operation.size != SMALL_RECEIVE
+                or now - self.last_activity > BUSY_GAP
+            ):
+                self._resize(transferred, now - self.last_activity)
+            self.last_activity = now
         strand = self._strand
         if self._home.executor is not None or not strand.enter():
             strand.post(self._deliver, data)
@@ -210,6 +210,7 @@ class Channel(Lifetime):
         else:
             self._reading = IDLE
             self._receive_for_close()
+            self._join()  # it may have been the last packet that a failed connection waited for
 
     def _receive_for_close(self) -> None:
         """While closing, receive and drop, to see the peer's EOF. Needs the lock."""

@@ -48,10 +48,12 @@ class _Worker:
     Its fields are written by itself, but for `relieved`, which is written under the lock.
     """
 
-    __slots__ = ("busy", "gate", "ident", "relieved", "seen", "thread", "turn")
+    __slots__ = ("busy", "gate", "ident", "packets", "reaps", "relieved", "seen", "thread", "turn")
 
     def __init__(self) -> None:
         self.turn = 0  # counts handlers begun
+        self.reaps = 0
+        self.packets = 0
         self.busy = False  # false exactly while it waits for packets or in reserve
         self.seen = -1  # `turn` at the last look, -1 where it was not busy
         self.relieved = False  # another took its place
@@ -90,8 +92,8 @@ class Dispatcher:
         self._serving: dict[int, _Worker] = {}  # by thread identity; not those relieved
         self._stopping = False
         self._looking = threading.Lock()  # held exactly while looks for stalled threads are scheduled
-        self.reaps = 0
-        self.packets = 0
+        self._past_reaps = 0  # of threads that have ended
+        self._past_packets = 0
         self.handoffs = 0
 
     # -- any thread -----------------------------------------------------------------------------------------
@@ -126,6 +128,18 @@ class Dispatcher:
     def threads(self) -> int:
         """How many I/O threads exist."""
         return len(self._workers)
+
+    @property
+    def reaps(self) -> int:
+        """How many calls brought packets."""
+        with self._lock:
+            return self._past_reaps + sum(worker.reaps for worker in self._workers)
+
+    @property
+    def packets(self) -> int:
+        """How many packets were taken off the port, our own included."""
+        with self._lock:
+            return self._past_packets + sum(worker.packets for worker in self._workers)
 
     @property
     def stalled(self) -> int:
@@ -191,6 +205,8 @@ class Dispatcher:
         finally:
             with self._lock:
                 self._workers.discard(me)
+                self._past_reaps += me.reaps
+                self._past_packets += me.packets
                 self._serving.pop(me.ident, None)
                 if me in self._reserve:
                     self._reserve.remove(me)
@@ -216,8 +232,8 @@ class Dispatcher:
             count = reap(batch, 0 if ready else INFINITE, ready)
             me.busy = True
             if count:
-                self.reaps += 1
-                self.packets += count
+                me.reaps += 1
+                me.packets += count
                 if count > 1 and self._running_max > 1 and len(self._serving) > 1:
                     self._wake_next()  # the next takes its share of what was reaped
             if looking(False):

@@ -332,9 +332,11 @@ class Lifetime:
         operation, self._operation = self._operation, None
         if operation is not None:
             self._home.engine.proactor.give_receive(operation)
+        # Handed over, not kept: the traceback of a callback that raised refers to this connection.
+        error, self._error = self._error, None
         if self._opened:
             try:
-                self.on_close(self._error)
+                self.on_close(error)
             except BaseException as exc:
                 self._home.failed(self, exc)
         with self._lock:

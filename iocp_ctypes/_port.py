@@ -20,6 +20,9 @@ from ._errors import error_from_code
 KEY_IO: Final = 1  # a packet of the kernel for one of our operations
 KEY_WAKE: Final = 2  # our own packet: look at what else there is to do
 
+ERROR_INVALID_HANDLE: Final = 6
+ERROR_INVALID_PARAMETER: Final = 87
+
 _WORD: Final = sizeof(_win32.ULONG_PTR)
 _WORDS_PER_ENTRY: Final = sizeof(_win32.OVERLAPPED_ENTRY) // _WORD
 _OVERLAPPED_WORD: Final = _win32.OVERLAPPED_ENTRY.lpOverlapped.offset // _WORD
@@ -72,11 +75,13 @@ class CompletionPort:
 
     def associate(self, handle: int) -> None:
         """Send the packets of a handle here, for the rest of its life; a handle has one port, ever."""
-        if not _win32.CreateIoCompletionPort(handle, self._handle, KEY_IO, 0):
+        port = self._handle
+        if not port:  # with 0 for a port the system would make a new one
+            raise error_from_code(ERROR_INVALID_HANDLE, "the completion port is closed")
+        if not _win32.CreateIoCompletionPort(handle, port, KEY_IO, 0):
             code = ctypes.get_last_error()
-            if code == 87:
-                raise OSError(code, "the socket already belongs to another completion port")
-            raise error_from_code(code, "CreateIoCompletionPort")
+            what = "the socket already belongs to another completion port"
+            raise error_from_code(code, what if code == ERROR_INVALID_PARAMETER else "CreateIoCompletionPort")
 
     def post(self) -> None:
         """Queue a WAKE packet: one waiting thread returns from `reap`."""
@@ -103,5 +108,6 @@ class CompletionPort:
     def close(self) -> None:
         """Close the port; twice is once."""
         handle, self._handle = self._handle, 0
+        self._argument = _win32.handle_argument(0)  # the system may give the number to something else
         if handle:
             _win32.CloseHandle(handle)

@@ -166,7 +166,8 @@ class Proactor:
         operation.handler = operation.keep = None
         if len(self.sends) < KEPT_MAX:
             if operation.length > KEPT_DATA_MAX:
-                operation.buf = operation.vector = None
+                operation.buf = b""  # not None, at which ctypes keeps its reference to what was there
+                operation.vector = None
             self.sends.append(operation)
 
 

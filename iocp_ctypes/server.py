@@ -303,10 +303,12 @@ class Server:
         self._refill()
 
     def _refill(self) -> None:
-        """A connection has ended: let the next in."""
-        with self._lock:
-            waiting = self._parked.popleft() if self._parked and not self._is_full(1) else None
-        if waiting is not None:
+        """There may be room again: let in who waits. On a thread of callbacks."""
+        while self._parked:
+            with self._lock:
+                waiting = self._parked.popleft() if self._parked and not self._is_full(1) else None
+            if waiting is None:
+                break
             self._accepted(*waiting)
         if self._settings.max_connections is not None and self._acceptor is not None:
             self._acceptor.top_up()
@@ -526,6 +528,8 @@ class Server:
             self._settings = change(self._settings, **{name: value})
         if name == "max_connections" and self._acceptor is not None:
             self._acceptor.top_up()
+            if self._parked and self._engine is not None:
+                self._engine.dispatcher.call_soon(self._refill)
 
     @property
     def backlog(self) -> Usage:

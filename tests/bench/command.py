@@ -58,8 +58,8 @@ class Measure:
     rounds_max: int = 100
 
 
-# In this order: the first wants a fresh server, those that leave many closed connections behind come late, and
-# the last one may leave a server without its listener.
+# In this order: the first wants a fresh server, those that leave many closed connections come late, and the
+# last one may leave a server without its listener.
 MEASURES = (
     Measure("idle", "idle", ("--count", "2000"), ("--count", "500"), fresh=True),
     Measure("echo1", "exchange", ("--clients", "1"), timed=True),
@@ -97,9 +97,14 @@ class Bench:
         self._hopeless: dict[str, str] = {}  # did not start: name -> last words
 
     def run(self, measures: Sequence[Measure]) -> None:
-        """Does all rounds. Blocks; ends its servers however it ends."""
+        """Does the rounds that there is time for, one at least. Blocks; ends its servers however it ends."""
+        begun = time.monotonic()
+        end = begun + 60 * self._options.minutes
         try:
             for turn in range(self._options.rounds):
+                if turn and time.monotonic() + (time.monotonic() - begun) / turn > end:
+                    say(f"no time for round {turn + 1}: see --minutes")
+                    break
                 for place, measure in enumerate(measures):
                     if turn < measure.rounds_max:
                         self._visit_all(measure, turn, order(list(self.servers), turn + place))
@@ -196,6 +201,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--measures", default=",".join(names), metavar="NAMES", help="of: %(default)s")
     parser.add_argument("--rounds", type=int, help="default: 5, or 2 with --quick")
     parser.add_argument("--seconds", type=float, help="length of a measured window (default: 1.5, or 0.6)")
+    parser.add_argument("--minutes", type=float,
+                        help="begin no round that would end later (default: 6, or 1.5)")
     parser.add_argument("--quick", action="store_true", help="fewer, shorter rounds: a minute and a half")
     parser.add_argument(
         "--profile",
@@ -214,6 +221,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[Kin
     options = command.parse_args(arguments)
     options.rounds = (2 if options.quick else 5) if options.rounds is None else options.rounds
     options.seconds = (0.6 if options.quick else 1.5) if options.seconds is None else options.seconds
+    options.minutes = (1.5 if options.quick else 6.0) if options.minutes is None else options.minutes
     options.warmup = min(0.4, options.seconds / 3)
     if not 1 <= options.rounds <= 100 or not 0.1 <= options.seconds <= 60:
         command.error("--rounds is 1 to 100, --seconds 0.1 to 60")
@@ -286,7 +294,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bench.run(measures)
     except KeyboardInterrupt:
         interrupted = True  # what was measured until then is worth its report
-    header = replace(header, load_average=f"{header.load_average} before, {busy()} after")
+    header = replace(header, load_average=f"{header.load_average} before, {busy()} after",
+                     rounds=max((record.round for record in bench.records), default=0))
     say(f"took {time.monotonic() - started:.0f} s")
     baseline = BASELINE if BASELINE in bench.servers else next(reversed(bench.servers))
     print(table(header, bench.records, baseline), file=sys.stderr if options.json == "-" else sys.stdout)

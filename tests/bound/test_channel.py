@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import random
@@ -29,7 +30,7 @@ from support import (
 )
 from traffic import LONG, Counted, beside, chance, cut
 
-from iocp_ctypes import Usage, _channel, _win32
+from iocp_ctypes import Usage, _channel, _lifetime, _win32
 
 MODES = ("flow", "zero-byte", "auto")
 SOON = 0.05  # seconds in which nothing may happen; too short a time can only hide a defect, never show one
@@ -684,3 +685,25 @@ def test_a_send_cut_short_with_others_behind_it_ends_the_connection(
     cut(client)
     assert isinstance(connection.until("close").value, OSError)
     assert connection.close_reason == "aborted"
+
+
+def test_a_peer_that_talks_but_does_not_read_cannot_hold_a_closing_connection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_lifetime, "DRAIN_PATIENCE_MIN", 0.5)
+
+    class Closer(Recorder):
+        def connected(self) -> None:
+            self.send(STUCK)
+            self.close()
+
+    with serving(Closer, linger_timeout=0.1) as server, raw(server.address) as client:
+        (connection,) = made(Closer)
+        deadline = time.monotonic() + 5
+        while not connection.closed and time.monotonic() < deadline:
+            time.sleep(0.05)
+            with contextlib.suppress(OSError):
+                client.sendall(b"still here")
+        assert connection.closed
+        assert connection.close_reason == "local"
+        assert isinstance(connection.until("close").value, TimeoutError)

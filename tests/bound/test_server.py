@@ -536,6 +536,21 @@ def test_max_connections_is_live() -> None:
                 reachable(server.address)
 
 
+@pytest.mark.parametrize("most", [3, None])
+def test_raising_max_connections_lets_in_who_was_accepted_too_many(most: int | None) -> None:
+    # Each address has an AcceptEx of its own posted, so one more is accepted than may be served.
+    with (
+        serving(Echo, [LOOPBACK, LOOPBACK], max_connections=1) as server,
+        raw(server.addresses[0]) as inside,
+        raw(server.addresses[1]) as waiting,
+    ):
+        wait_until(lambda: server.stats().connections == 2)
+        assert server.stats().accepted == 1
+        server.max_connections = most
+        echoes(waiting)
+        echoes(inside)
+
+
 # -- hooks and what raises ----------------------------------------------------------------------------------
 
 
