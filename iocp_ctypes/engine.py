@@ -159,15 +159,16 @@ class Engine:
             return True
 
     def _stop_soon(self) -> None:
-        self._stop(STOP_TIMEOUT)
+        """Stop. On the watchdog's thread, which ends when this has returned."""
+        self._stop(STOP_TIMEOUT, on_watchdog=True)
 
-    def _stop(self, timeout: float) -> bool:
+    def _stop(self, timeout: float, on_watchdog: bool = False) -> bool:
         deadline = time.monotonic() + timeout
         # What the kernel still has must come back before the port closes; it was cancelled by those who left.
         while self.ops_pending and time.monotonic() < deadline and not self.dispatcher.is_io_thread():
             time.sleep(0.005)
         ended = self.dispatcher.stop(max(0.1, deadline - time.monotonic()))
-        ended = self.watchdog.stop(max(0.1, deadline - time.monotonic())) and ended
+        ended = (self.watchdog.stop(max(0.1, deadline - time.monotonic())) or on_watchdog) and ended
         if ended and not self.ops_pending and not self.dispatcher.is_io_thread():
             self.port.close()
         with _engines_lock:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
+from . import _lifecycle as life
 from ._addresses import Address
 from ._channel import Buffer, as_bytes
 from ._errors import ConnectionClosedError
@@ -42,7 +43,7 @@ READ_AHEAD_MAX: Final = 256 * KIB
 UNTIL_MAX: Final = 64 * KIB
 #: Seconds of one slice of waiting.
 SLICE: Final = 0.25
-#: Threads of a StreamServer: each serves one connection at a time, and mostly waits.
+#: Threads of a StreamServer: each serves one connection at a time and mostly waits.
 THREADS: Final = 64
 #: A read of everything: more than there is.
 _ALL: Final = 1 << 62
@@ -222,8 +223,8 @@ class Stream:
         feed = self._feed
         if self._closed:
             return self._blame(ConnectionClosedError(f"{what}: the stream is closed"))
-        if feed._error is not None:
-            return self._blame(feed._error.with_traceback(None))
+        if feed.error is not None:
+            return self._blame(feed.error.with_traceback(None))
         return self._blame(ConnectionClosedError(f"{what}: the connection has ended: {feed.close_reason}"))
 
     # -- reading --------------------------------------------------------------------------------------------
@@ -371,6 +372,8 @@ class Stream:
             except ConnectionClosedError:
                 if feed._eof_out and not feed.closing and not feed.closed:
                     raise self._blame(ConnectionClosedError("write(): after write_eof()")) from None
+                if feed._state >= life.JOINING:  # on_close is on its way, and knows why
+                    self._wait(lambda: feed.over, timeout, "write()")
                 raise self._gone("write()") from None
             self._written += len(checked)
 
