@@ -150,18 +150,20 @@ class Stream:
         if not isinstance(connection, _Feed):
             raise TypeError(f"connection={connection!r}: streams are made by open_stream and StreamServer")
         self._timeout = check_timeout("timeout", timeout)
+        self._closed = False
         self._feed = connection
         self._reading = threading.Lock()
-        self._closed = False
         self._written = 0
         self._blamed: BaseException | None = None
 
     def __del__(self) -> None:
-        """Warn of a stream that nobody closed, and abort its connection."""
+        """Warn of a stream that nobody closed, and abort its connection.
+
+        Plain attributes only: when the interpreter ends, modules are empty (and `over` is true by then).
+        """
         feed = getattr(self, "_feed", None)
-        if feed is not None and not getattr(self, "_closed", True):
-            if not feed.closed:
-                feed._home.engine.dispatcher.call_soon(feed.abort)
+        if feed is not None and not (self._closed or feed.over):
+            feed._home.engine.dispatcher.call_soon(feed.abort)
             warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self)
 
     # -- properties -----------------------------------------------------------------------------------------
