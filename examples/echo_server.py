@@ -4,13 +4,14 @@ From the checkout's root: `py -m examples.echo_server [--port N]`; with `-m` the
 """
 
 import argparse
+import logging
 
 from iocp_ctypes import Connection, Server
 
 
 class Echo(Connection):
     def on_connect(self) -> None:
-        print("hello", self.peer_address, flush=True)
+        logging.info("hello %s", self.peer_address)
 
     def on_data(self, data: bytes) -> None:
         if not self.send(data):
@@ -20,10 +21,11 @@ class Echo(Connection):
         self.resume_reading()
 
     def on_close(self, exc: OSError | None) -> None:
-        print("bye", self.peer_address, self.close_reason, flush=True)
+        logging.info("bye %s: %s", self.peer_address, self.close_reason)
 
 
 if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")  # whole lines, from whatever thread
     parser = argparse.ArgumentParser(description="Sends back what comes.")
     parser.add_argument("--port", type=int, default=9000, help="0 is any that is free (%(default)s)")
     server = Server(("127.0.0.1", parser.parse_args().port), Echo)

@@ -39,8 +39,9 @@ def test_is_short_and_says_how_to_run_it(name: str) -> None:
 def test_echo() -> None:
     with example("echo_server") as program, contextlib.ExitStack() as stack:
         address = program.listening()
-        clients = [stack.enter_context(raw(address)) for _ in range(5)]
-        for client in clients:
+        clients = []
+        for _ in range(5):
+            clients.append(client := stack.enter_context(raw(address)))
             program.line(rf"hello \('127\.0\.0\.1', {client.getsockname()[1]}\)")
         for number, client in enumerate(clients):
             client.sendall(b"number %d" % number)
@@ -49,10 +50,10 @@ def test_echo() -> None:
         first, *others = clients
         first.shutdown(socket.SHUT_WR)
         assert read_all(first) == b""
-        program.line(rf"bye \('127\.0\.0\.1', {first.getsockname()[1]}\) eof")
+        program.line(rf"bye \('127\.0\.0\.1', {first.getsockname()[1]}\): eof")
         for client in others:
             client.close()
-            program.line(r"bye \('127\.0\.0\.1', \d+\) eof")
+            program.line(r"bye \('127\.0\.0\.1', \d+\): eof")
 
 
 def test_echo_to_a_client_that_reads_late() -> None:
@@ -66,7 +67,7 @@ def test_echo_to_a_client_that_reads_late() -> None:
         assert read_exactly(client, size) == bytes(size)
         sender.join(PATIENCE)
         client.close()
-        program.line("bye .* eof")
+        program.line("bye .*: eof")
     assert held_back, "the server took everything, though nobody read what it sent back"
 
 

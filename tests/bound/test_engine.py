@@ -1,0 +1,262 @@
+"""engine.py: who shares an engine, when it starts and stops, and what it counts."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from typing import Any
+
+import pytest
+from support import LOOPBACK, Echo, raw, reachable, serving, wait_until
+from traffic import beside
+
+from iocp_ctypes import Engine, Server
+from iocp_ctypes import engine as engine_module
+from iocp_ctypes._port import CompletionPort
+from iocp_ctypes._proactor import Operation
+from iocp_ctypes.engine import default_io_threads, enter_engine
+
+
+def nothing() -> None:
+    """An action at exit."""
+
+
+def threads() -> list[str]:
+    return sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("iocp_ctypes"))
+
+
+# -- its size -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("gil", "expected"), [(True, 1), (False, 7), (None, 1)])
+def test_one_thread_under_a_gil_and_one_per_processor_without(
+    monkeypatch: pytest.MonkeyPatch, gil: bool | None, expected: int
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    if gil is None:
+        monkeypatch.delattr(sys, "_is_gil_enabled", raising=False)
+    else:
+        monkeypatch.setattr(sys, "_is_gil_enabled", lambda: gil, raising=False)
+    assert default_io_threads() == expected
+
+
+@pytest.mark.parametrize("processors", [None, 1])
+def test_there_is_at_least_one_thread(monkeypatch: pytest.MonkeyPatch, processors: int | None) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: processors)
+    monkeypatch.setattr(sys, "_is_gil_enabled", lambda: False, raising=False)
+    assert default_io_threads() == 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "exception"), [(-1, ValueError), (257, ValueError), ("4", TypeError), (True, TypeError)]
+)
+def test_a_wrong_number_is_refused(wrong: Any, exception: type[Exception]) -> None:
+    with pytest.raises(exception, match=f"io_threads={wrong!r}: must be a whole number from 0 to 256"):
+        Engine(wrong)
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_it_has_as_many_threads_as_were_asked_for(count: int) -> None:
+    engine = Engine(count)
+    assert threads() == []
+    engine.enter(engine, nothing)
+    assert engine.stats().io_threads == count
+    assert threads() == [
+        *(f"iocp_ctypes I/O {number + 1}" for number in range(count)),
+        "iocp_ctypes watchdog",
+    ]
+    assert engine.leave(engine) is True
+    assert threads() == []
+    assert engine.stats().io_threads == 0
+
+
+# -- its users ----------------------------------------------------------------------------------------------
+
+
+def test_it_starts_with_the_first_user_and_stops_with_the_last() -> None:
+    engine = Engine(1)
+    one, two = object(), object()
+    engine.enter(one, nothing)
+    engine.enter(two, nothing)
+    running = threads()
+    assert engine.leave(one) is True
+    assert engine.leave(one) is True  # it has left before
+    assert engine.leave(object()) is True  # it never was in
+    assert threads() == running
+    assert engine.running
+    assert engine.leave(two) is True
+    assert threads() == []
+    assert not engine.running
+    with pytest.raises(RuntimeError, match="stopped: make another"):
+        engine.enter(one, nothing)
+
+
+def test_servers_may_share_a_given_engine() -> None:
+    engine = Engine(2)
+    with serving(Echo, engine=engine) as one:
+        with serving(Echo, engine=engine) as two:
+            assert one.engine is two.engine is engine
+            reachable(one.address)
+            reachable(two.address)
+        reachable(one.address)
+        assert engine.running
+    assert not engine.running
+
+
+def test_a_server_on_a_stopped_engine_says_so_and_can_be_stopped() -> None:
+    engine = Engine(1)
+    with serving(Echo, engine=engine):
+        pass
+    server = Server(LOOPBACK, Echo, engine=engine)
+    with pytest.raises(RuntimeError, match="make another"):
+        server.start()
+    assert server.stop() is True
+
+
+def test_the_shared_engine_is_made_anew_after_the_last_user() -> None:
+    users = [object() for _ in range(3)]
+    first = enter_engine(users[0], nothing, None, 0)
+    assert enter_engine(users[1], nothing, None, 0) is first
+    own = enter_engine(users[2], nothing, None, 2)
+    assert own is not first
+    for user in users[:2]:
+        first.leave(user)
+    own.leave(users[2])
+    again = enter_engine(users[0], nothing, None, 0)
+    assert again is not first
+    again.leave(users[0])
+
+
+def test_servers_of_one_process_come_and_go_at_once() -> None:
+    """Nobody is handed an engine that stops at this moment."""
+
+    def come_and_go() -> None:
+        for _ in range(25):
+            user = object()
+            engine = enter_engine(user, nothing, None, 0)
+            assert engine.leave(user) is True
+
+    with beside(*[come_and_go] * 4):
+        pass
+    assert threads() == []
+
+
+def test_an_engine_that_is_given_up_closes_its_port(flat_handles: None) -> None:
+    for _ in range(20):
+        engine = Engine(1)
+        engine.enter(engine, nothing)
+        assert engine.leave(engine) is True
+
+
+# -- stopping -----------------------------------------------------------------------------------------------
+
+
+def test_the_port_outlives_operations_that_do_not_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the kernel still has, it may still write to: neither its memory nor its port goes."""
+    closed: list[CompletionPort] = []
+    close = CompletionPort.close
+    monkeypatch.setattr(CompletionPort, "close", lambda port: closed.append(port) or close(port))
+    engine = Engine(1)
+    engine.enter(engine, nothing)
+    lost = Operation(16)
+    engine.proactor.pending[lost.address] = lost
+    assert engine.leave(engine, timeout=0.2) is True
+    assert threads() == []
+    assert closed == []
+    assert engine.ops_pending == 1
+    del engine.proactor.pending[lost.address]
+    close(engine.port)
+
+
+def test_operations_on_their_way_are_waited_for() -> None:
+    engine = Engine(1)
+    engine.enter(engine, nothing)
+    late = Operation(16)
+    engine.proactor.pending[late.address] = late
+    engine.watchdog.later(0.1, lambda: engine.proactor.pending.pop(late.address))
+    assert engine.leave(engine) is True
+    assert engine.ops_pending == 0
+    with pytest.raises(OSError):  # noqa: PT011  # which code, Windows decides
+        engine.port.post()
+
+
+def test_stopping_says_when_a_thread_does_not_end() -> None:
+    engine = Engine(1)
+    engine.enter(engine, nothing)
+    busy, release = threading.Event(), threading.Event()
+
+    def stuck() -> None:
+        busy.set()
+        release.wait(30)
+
+    engine.dispatcher.call_soon(stuck)
+    assert busy.wait(10)
+    assert engine.leave(engine, timeout=0.2) is False
+    release.set()
+    wait_until(lambda: threads() == [])
+
+
+def test_when_the_interpreter_ends_all_users_are_told_and_all_ends() -> None:
+    engine = Engine(1)
+    told: list[str] = []
+    one, two = object(), object()
+    engine.enter(one, lambda: told.append("one"))
+    engine.enter(two, lambda: (told.append("two"), engine.leave(two)))
+    assert engine in engine_module._engines
+    engine_module._at_exit()
+    assert told == ["one", "two"]
+    assert threads() == []
+    assert engine not in engine_module._engines
+    assert not engine.running
+    engine_module._at_exit()
+    assert told == ["one", "two"]
+
+
+def test_when_the_interpreter_ends_servers_stop() -> None:
+    with serving(Echo) as server:
+        reachable(server.address)
+        engine_module._at_exit()
+        assert threads() == []
+        assert server.connections == []
+        assert server.backlog.in_use == 0
+
+
+# -- its figures --------------------------------------------------------------------------------------------
+
+
+def test_figures_count() -> None:
+    with serving(Echo, io_threads=1) as server:
+        engine = server.engine
+        before = engine.stats()
+        reachable(server.address)
+        wait_until(lambda: not server.stats().connections)
+        after = engine.stats()
+        assert after.packets > before.packets
+        assert after.reaps > before.reaps
+        assert after.packets - before.packets >= after.reaps - before.reaps
+        assert after.ops_pending == engine.ops_pending == server.backlog.in_use
+        assert (after.handoffs, after.stalled_threads) == (0, 0)
+        engine.count_retry()
+        assert engine.stats().resource_retries == after.resource_retries + 1
+
+
+def test_figures_tell_of_a_stalled_thread() -> None:
+    release = threading.Event()
+
+    class Slow(Echo):
+        def got(self, data: bytes) -> None:
+            if data == b"stall":
+                release.wait(30)
+            self.send(data)
+
+    with serving(Slow, io_threads=1) as server:
+        with raw(server.address) as stalled:
+            stalled.sendall(b"stall")
+            wait_until(lambda: server.stats().engine.stalled_threads == 1)
+            stats = server.stats().engine
+            assert (stats.handoffs, stats.io_threads) == (1, 2)
+            reachable(server.address)
+            release.set()
+            assert stalled.recv(5) == b"stall"
+        wait_until(lambda: server.stats().engine.stalled_threads == 0)
