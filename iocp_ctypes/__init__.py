@@ -22,9 +22,11 @@ from ._options import OPTIONS, Usage
 from ._stats import EngineStats, Stats
 
 if TYPE_CHECKING or sys.platform == "win32":
+    from .client import connect
     from .connection import Connection
     from .engine import Engine
     from .server import Server
+    from .stream import IncompleteReadError, Stream, StreamServer, open_stream
 
 __version__ = "0.1.0"
 
@@ -35,9 +37,14 @@ __all__ = [
     "ConnectionClosedError",
     "Engine",
     "EngineStats",
+    "IncompleteReadError",
     "Server",
     "Stats",
+    "Stream",
+    "StreamServer",
     "Usage",
+    "connect",
+    "open_stream",
 ]
 
 

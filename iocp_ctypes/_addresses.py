@@ -44,6 +44,48 @@ def _dotted(host: bytes) -> str:
     return f"{host[0]}.{host[1]}.{host[2]}.{host[3]}"
 
 
+def make_sockaddr(family: int, address: Address) -> bytes:
+    """Write a Windows SOCKADDR_IN or SOCKADDR_IN6 of a numeric address."""
+    host, port = address[0], address[1]
+    if family == socket.AF_INET:
+        return struct.pack("<H", socket.AF_INET) + struct.pack(">H", port) + socket.inet_aton(host) + bytes(8)
+    flow, scope = (address[2], address[3]) if len(address) == 4 else (0, 0)
+    number = socket.inet_pton(socket.AF_INET6, host.partition("%")[0])
+    return (
+        struct.pack("<H", WINDOWS_AF_INET6)
+        + struct.pack(">HI", port, flow)
+        + number
+        + struct.pack("<I", scope)
+    )
+
+
+def numeric_family(host: str) -> int | None:
+    """Return the family of a numeric host; None for a name, and for "fe80::1%4": its zone is a name."""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        try:
+            socket.inet_pton(family, host)
+        except (OSError, ValueError):
+            continue
+        return None if "%" in host else int(family)
+    return None
+
+
+def interleave(places: list[tuple[int, Address]]) -> list[tuple[int, Address]]:
+    """Order addresses for connecting as RFC 8305 section 4 says.
+
+    Families in turn, each in the resolver's order.
+    """
+    if not places:
+        return []
+    first = places[0][0]
+    one = [place for place in places if place[0] == first]
+    other = [place for place in places if place[0] != first]
+    mixed: list[tuple[int, Address]] = []
+    for number in range(max(len(one), len(other))):
+        mixed += one[number : number + 1] + other[number : number + 1]
+    return mixed
+
+
 def format_address(address: Address | None) -> str:
     """Write an address for a person: `127.0.0.1:80`, `[::1]:80`."""
     if not address:

@@ -69,9 +69,13 @@ class Channel(Lifetime):
 
     def _open(self, first: bytes) -> None:
         if self._state >= life.JOINING:
-            return  # aborted before it began: neither on_connect nor on_close
+            return  # ended before it began: no on_connect, and on_close only where connect() owes it
         self._opened = True
         self._call(self.on_connect)
+        with self._lock:
+            if self._state < life.JOINING:  # what was asked for before it was connected
+                self._flush()
+                self._advance()
         if first:
             self.bytes_received += len(first)
             self._deliver(first)
@@ -307,7 +311,7 @@ class Channel(Lifetime):
     def _send_queued(self, buffers: Sequence[bytes]) -> bool:
         """Queue buffers and send as much as may be in flight. Needs the lock."""
         assert self._lock._is_owned()
-        if self._state != life.OPEN or self._eof_out:
+        if self._state > life.OPEN or self._eof_out:
             raise ConnectionClosedError(f"connection {self.id} is closed for sending")
         flow = self._flow
         if flow.size + sum(map(len, buffers)) > self._settings.write_buffer_max:
@@ -315,7 +319,8 @@ class Channel(Lifetime):
         for data in buffers:
             if data:
                 flow.push(data)
-        self._flush()
+        if self._state == life.OPEN:
+            self._flush()
         return flow.mark(self._settings.high_mark)
 
     def _overflow(self) -> bool:

@@ -22,8 +22,8 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
 from . import _lifecycle as life
-from ._addresses import Address
-from ._errors import ConnectionClosedError
+from ._addresses import Address, parse_sockaddr
+from ._errors import ConnectionClosedError, reason_of
 from ._flow import WriteFlow
 from ._lifecycle import CloseReason
 from ._options import Settings
@@ -32,6 +32,7 @@ from ._sockops import OverlappedSocket
 from ._strand import Strand
 
 if TYPE_CHECKING:
+    from ._connector import Connector
     from ._deadlines import Deadline
     from .engine import Engine
 
@@ -114,7 +115,7 @@ class Lifetime:
     )
 
     def _attach(
-        self, server: Any, home: Home, sock: OverlappedSocket, settings: Settings, peer: Address
+        self, server: Any, home: Home, sock: OverlappedSocket | Connector, settings: Settings, peer: Address
     ) -> None:
         """Give a connection its socket; what a subclass's `__init__` did or forgot does not matter here."""
         self.id = next(_numbers)
@@ -123,7 +124,7 @@ class Lifetime:
         self.connected_at = self.last_activity = self._silent_since = self._idle_since = monotonic()
         self._server = server
         self._home = home
-        self._socket = sock
+        self._socket: Any = sock
         self._settings = settings
         self._peer_address = peer
         execute = home.engine.dispatcher.call_soon if home.executor is None else home.executor(self.id)
@@ -148,6 +149,47 @@ class Lifetime:
         self._closed_event: threading.Event | None = None
         self._next_size = self._first_size()
 
+    def _attach_client(self, home: Home, connector: Connector, settings: Settings, peer: Address) -> None:
+        """Give a connection that is not connected yet what stands in for its socket."""
+        self._attach(None, home, connector, settings, peer)
+        self._state = life.CONNECTING
+        self._reading = POSTED  # the connector counts as something in flight
+        self._opened = True  # on_close is owed in any case: it says why connecting failed
+
+    def _connect_done(self, sock: OverlappedSocket | None, error: OSError | None) -> None:
+        """The connector is done. On an I/O thread."""
+        with self._lock:
+            if sock is not None and self._state == life.CONNECTING:
+                error = self._connected(sock)
+            elif sock is not None:
+                sock.close()  # it was closed meanwhile
+            if self._state == life.OPEN:
+                # Posted under the lock: whoever ends it from now on posts on_close behind it.
+                self._strand.post(self._open, b"")
+                return
+            self._reading = IDLE
+            code = getattr(error, "winerror", None) or 0
+            timeout = isinstance(error, TimeoutError)
+            self._fail(CloseReason.TIMEOUT if timeout else reason_of(code), error)
+            self._join()
+
+    def _connected(self, sock: OverlappedSocket) -> OSError | None:
+        """Take the socket over; returns why it cannot be. Needs the lock."""
+        try:
+            sock.set_nodelay(self._settings.nodelay)
+            if self._settings.keepalive is not None:
+                sock.set_keepalive(self._settings.keepalive)
+        except OSError as exc:
+            sock.close()
+            return exc
+        self._socket = sock
+        self._peer_address = parse_sockaddr(sock.peer_raw) or self._peer_address
+        self.connected_at = self.last_activity = monotonic()
+        self._move(life.CONNECTED)
+        self._reading = DELIVERING
+        self._arm()
+        return None
+
     def _first_size(self) -> int:
         """Bytes of a receive where nothing is known of the flow yet: a new connection is expected to talk."""
         mode = self._settings.recv_mode
@@ -164,6 +206,7 @@ class Lifetime:
 
     # -- what moves, in Channel -----------------------------------------------------------------------------
 
+    def _open(self, first: bytes) -> None: ...
     def _receive_for_close(self) -> None: ...
     def _try_again(self) -> None: ...
 
@@ -226,6 +269,10 @@ class Lifetime:
         """Close gracefully: send what is queued, then FIN, then wait for the peer's. Needs the lock."""
         if self._move(life.CLOSE):
             self._reason = self._reason or reason
+            if self._state == life.JOINING:  # it was not connected yet
+                self._flow.clear()
+                self._cancel()
+                return
             self._stash = None
             self._linger_due = monotonic() + self._settings.linger_timeout
             self._receive_for_close()

@@ -55,6 +55,21 @@ class ServerOptions(TypedDict, total=False):
     dualstack: bool | None
 
 
+class ClientOptions(TypedDict, total=False):
+    """Those of a connection that is made by connect()."""
+
+    idle_timeout: float | None
+    linger_timeout: float
+    sendcap: int
+    recv_mode: str
+    recv_size: int
+    high_mark: int
+    low_mark: int
+    write_buffer_max: int
+    nodelay: bool
+    keepalive: KeepAlive
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Settings:
     """The checked options of a server and of the connections it makes."""
@@ -210,7 +225,19 @@ def check_option(name: str, value: Any) -> Any:
     return option.check(name, value)
 
 
-def make_settings(options: ServerOptions | dict[str, Any]) -> Settings:
+def check_timeout(name: str, value: Any) -> float | None:
+    """Return a checked number of seconds, or None for no limit."""
+    checked: float | None = _seconds(none=True)(name, value)
+    return checked
+
+
+def check_count(name: str, value: Any, low: int, high: int) -> int:
+    """Return a checked whole number from `low` to `high`."""
+    checked: int = _whole(low, high)(name, value)
+    return checked
+
+
+def make_settings(options: ServerOptions | ClientOptions | dict[str, Any]) -> Settings:
     """Check options and return the settings they make; see `check_option`."""
     return check_marks(Settings(**{name: check_option(name, value) for name, value in options.items()}))
 

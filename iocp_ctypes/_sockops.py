@@ -21,7 +21,7 @@ from ctypes import addressof, byref, c_int, c_void_p, sizeof, string_at
 from typing import Any, Final
 
 from . import _win32
-from ._addresses import Address, format_address
+from ._addresses import Address, format_address, make_sockaddr
 from ._errors import error_from_code, winsock_code
 from ._options import KeepAlive
 from ._port import CompletionPort
@@ -54,6 +54,7 @@ def _extension(handle: int, family: int, name: str) -> Any:
     if function is None:
         guid, prototype = {
             "AcceptEx": (_win32.WSAID_ACCEPTEX, _win32.ACCEPTEX),
+            "ConnectEx": (_win32.WSAID_CONNECTEX, _win32.CONNECTEX),
             "GetAcceptExSockaddrs": (_win32.WSAID_GETACCEPTEXSOCKADDRS, _win32.GETACCEPTEXSOCKADDRS),
         }[name]
         pointer = c_void_p()
@@ -205,6 +206,54 @@ class OverlappedSocket:
             return PENDING
         return self._proactor.settle(operation)
 
+    # -- connecting -----------------------------------------------------------------------------------------
+
+    def connect(self, operation: Operation, handler: Handler, address: Address) -> int:
+        """Issue a ConnectEx on a socket of `open_socket`: PENDING, COMPLETED or an error code."""
+        sockaddr = make_sockaddr(self.family, address)
+        operation.keep = ctypes.create_string_buffer(sockaddr, len(sockaddr))
+        operation.handler = handler
+        connect = _extension(self._handle, self.family, "ConnectEx")
+        self._pending[operation.address] = operation
+        if connect(self._handle, addressof(operation.keep), len(sockaddr), None, 0, None, operation.address):
+            return COMPLETED if self.skips else PENDING
+        return self._proactor.settle(operation)
+
+    def finish_connect(self) -> None:
+        """Make a connected socket a full one; OSError where the peer is gone again."""
+        if _win32.setsockopt(self._handle, _win32.SOL_SOCKET, _win32.SO_UPDATE_CONNECT_CONTEXT, None, 0):
+            raise error_from_code(ctypes.get_last_error(), "SO_UPDATE_CONNECT_CONTEXT")
+        self.local_raw = self._name(_win32.getsockname)
+        self.peer_raw = self._name(_win32.getpeername)
+
+    def _name(self, function: Any) -> bytes:
+        buffer = ctypes.create_string_buffer(_win32.SOCKADDR_STORAGE_SIZE)
+        length = c_int(len(buffer))
+        if function(self._handle, buffer, byref(length)):
+            raise error_from_code(ctypes.get_last_error(), function.__name__)
+        return buffer.raw[: length.value]
+
+    def refuse_fast(self) -> None:
+        """Do not repeat the SYN to this machine, which takes two seconds.
+
+        Systems that cannot are left as they are.
+        """
+        values = _win32.TCP_INITIAL_RTO_PARAMETERS(
+            _win32.TCP_INITIAL_RTO_UNSPECIFIED_RTT, _win32.TCP_INITIAL_RTO_NO_SYN_RETRANSMISSIONS
+        )
+        returned = _win32.DWORD()
+        _win32.WSAIoctl(
+            self._handle,
+            _win32.SIO_TCP_INITIAL_RTO,
+            byref(values),
+            sizeof(values),
+            None,
+            0,
+            byref(returned),
+            None,
+            None,
+        )
+
     # -- the end --------------------------------------------------------------------------------------------
 
     def cancel(self) -> None:
@@ -338,6 +387,26 @@ class ListeningSocket:
         """
         self._handle = _win32.INVALID_SOCKET  # before the system gives the number to another socket
         self._python.close()
+
+
+def open_socket(
+    family: int, local: Address | None, proactor: Proactor, port: CompletionPort
+) -> OverlappedSocket:
+    """Make a stream socket that is bound and associated, ready for ConnectEx."""
+    made = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        made.bind(local or (("::", 0) if family == socket.AF_INET6 else ("0.0.0.0", 0)))
+    except OSError as exc:
+        made.close()
+        code = getattr(exc, "winerror", None) or exc.errno or 0
+        raise error_from_code(code, f"cannot connect from {format_address(local)}") from exc
+    opened = OverlappedSocket(made.detach(), family, proactor)
+    try:
+        opened.associate(port)
+    except OSError:
+        opened.close()
+        raise
+    return opened
 
 
 def listen(

@@ -42,11 +42,15 @@ SOL_SOCKET: Final = 0xFFFF
 SO_LINGER: Final = 0x0080
 SO_CONNECT_TIME: Final = 0x700C
 SO_UPDATE_ACCEPT_CONTEXT: Final = 0x700B
+SO_UPDATE_CONNECT_CONTEXT: Final = 0x7010
 SO_PROTOCOL_INFOW: Final = 0x2005
 TCP_NODELAY: Final = 0x0001
 SD_SEND: Final = 1
 SIO_GET_EXTENSION_FUNCTION_POINTER: Final = 0xC8000006
 SIO_KEEPALIVE_VALS: Final = 0x98000004
+SIO_TCP_INITIAL_RTO: Final = 0x98000011
+TCP_INITIAL_RTO_UNSPECIFIED_RTT: Final = 0xFFFF
+TCP_INITIAL_RTO_NO_SYN_RETRANSMISSIONS: Final = 0xFE
 WSA_FLAG_OVERLAPPED: Final = 0x01
 WSA_FLAG_NO_HANDLE_INHERIT: Final = 0x80
 XP1_IFS_HANDLES: Final = 0x00020000
@@ -115,6 +119,12 @@ class TCP_KEEPALIVE(ctypes.Structure):
     _fields_ = (("onoff", ULONG), ("keepalivetime", ULONG), ("keepaliveinterval", ULONG))
 
 
+class TCP_INITIAL_RTO_PARAMETERS(ctypes.Structure):
+    """mstcpip.h; Rtt in milliseconds."""
+
+    _fields_ = (("Rtt", c_uint16), ("MaxSynRetransmissions", c_uint8))
+
+
 class WSAPROTOCOLCHAIN(ctypes.Structure):
     """winsock2.h."""
 
@@ -157,6 +167,9 @@ WSAID_ACCEPTEX: Final = GUID(
 )
 WSAID_GETACCEPTEXSOCKADDRS: Final = GUID(
     0xB5367DF2, 0xCBAC, 0x11CF, (c_uint8 * 8)(0x95, 0xCA, 0x00, 0x80, 0x5F, 0x48, 0xA1, 0x92)
+)
+WSAID_CONNECTEX: Final = GUID(
+    0x25A207B9, 0xDDF3, 0x4660, (c_uint8 * 8)(0x8E, 0xE9, 0x76, 0xE5, 0x8C, 0x74, 0x06, 0x3E)
 )
 
 
@@ -253,6 +266,9 @@ if sys.platform == "win32":
     # int getpeername(SOCKET, sockaddr *out, int *length in out). SOCKET_ERROR on failure.
     # learn.microsoft.com/windows/win32/api/winsock2/nf-winsock2-getpeername
     getpeername = _bind(_ws2_32, "getpeername", c_int, SOCKET, c_void_p, POINTER(c_int))
+    # int getsockname(SOCKET, sockaddr *out, int *length in out). SOCKET_ERROR on failure.
+    # learn.microsoft.com/windows/win32/api/winsock2/nf-winsock2-getsockname
+    getsockname = _bind(_ws2_32, "getsockname", c_int, SOCKET, c_void_p, POINTER(c_int))
     # int WSAIoctl(SOCKET, DWORD code, void *in, DWORD, void *out, DWORD, DWORD *returned, OVERLAPPED *,
     # routine) SOCKET_ERROR on failure. The codes used here do not block.
     # learn.microsoft.com/windows/win32/api/winsock2/nf-winsock2-wsaioctl
@@ -287,6 +303,13 @@ if sys.platform == "win32":
     # learn.microsoft.com/windows/win32/api/mswsock/nf-mswsock-acceptex
     ACCEPTEX = WINFUNCTYPE(
         BOOL, SOCKET, SOCKET, c_void_p, DWORD, DWORD, DWORD, POINTER(DWORD), c_void_p, use_last_error=True
+    )
+    # BOOL ConnectEx(SOCKET bound, const sockaddr *, int length, void *data, DWORD size, DWORD *sent,
+    # OVERLAPPED *) FALSE on failure, ERROR_IO_PENDING among them. The socket must be bound and not
+    # connected.
+    # learn.microsoft.com/windows/win32/api/mswsock/nc-mswsock-lpfn_connectex
+    CONNECTEX = WINFUNCTYPE(
+        BOOL, SOCKET, c_void_p, c_int, c_void_p, DWORD, POINTER(DWORD), c_void_p, use_last_error=True
     )
     # void GetAcceptExSockaddrs(void *buffer, DWORD data, DWORD local, DWORD remote, sockaddr **local out,
     #                           int *length out, sockaddr **remote out, int *length out). Pointers into the

@@ -166,3 +166,17 @@ def test_line_deadline_is_not_moved_by_single_bytes() -> None:
                 stop.set()
                 dripping.join()
             assert line_of(quick) == b"too slow\n", "a quick client that stops is cut as well"
+
+
+def test_client() -> None:
+    with example("client") as server:
+        _host, port = server.listening()
+        for times in (1, 2):
+            asking = Program("-m", "examples.client", "--port", str(port), "--ask", "tea", "milk", "tea")
+            try:
+                asking.line(f"tea {2 * times - 1}")
+                asking.line(f"milk {times}")
+                asking.line(f"tea {2 * times}")
+                assert asking.ended() == (0, [])
+            finally:
+                asking.kill()

@@ -1,0 +1,740 @@
+"""Stream and StreamServer: blocking reads and writes, their time-outs, and all ways to an end."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from program import Program
+from support import (
+    PATIENCE,
+    Echo,
+    Recorder,
+    ended,
+    made,
+    raw,
+    read_all,
+    read_exactly,
+    rst,
+    serving,
+    wait_until,
+)
+from targets import closed_port, full_queue
+
+from iocp_ctypes import (
+    Connection,
+    ConnectionClosedError,
+    IncompleteReadError,
+    Stream,
+    StreamServer,
+    open_stream,
+)
+from iocp_ctypes import stream as stream_module
+
+SHORT = 0.05  # seconds of a time-out that is expected
+
+
+@contextlib.contextmanager
+def pair(**options: Any) -> Iterator[tuple[Stream, socket.socket]]:
+    """A stream and the plain socket at its other end; no server of ours is there."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(PATIENCE)
+        stream = open_stream(listener.getsockname(), PATIENCE, **options)
+        peer, _address = listener.accept()
+    peer.settimeout(PATIENCE)
+    try:
+        yield stream, peer
+    finally:
+        stream.abort()
+        peer.close()
+        assert stream.connection.wait_closed(PATIENCE)
+
+
+class Task(threading.Thread):
+    """A call on a thread of its own."""
+
+    def __init__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+        self._call = lambda: function(*args, **kwargs)
+        self._value: Any = None
+        self._error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._value = self._call()
+        except BaseException as exc:
+            self._error = exc
+
+    def result(self) -> Any:
+        self.join(PATIENCE)
+        assert not self.is_alive()
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+
+def reading(stream: Stream) -> bool:
+    return stream._reading.locked()
+
+
+def unread(stream: Stream, size: int) -> None:
+    """Wait until so many bytes came."""
+    wait_until(lambda: len(stream._feed.buffer) == size, what=f"{size} unread bytes")
+
+
+# -- reading ------------------------------------------------------------------------------------------------
+
+
+def test_read_what_is_there_what_comes_and_the_end() -> None:
+    with pair() as (stream, peer):
+        assert stream.read(0) == b""
+        peer.sendall(b"hello world")
+        unread(stream, 11)
+        assert stream.read(5) == b"hello"
+        assert stream.read(100) == b" world"
+        task = Task(stream.read, 100)
+        wait_until(lambda: reading(stream))
+        peer.sendall(b"later")
+        assert task.result() == b"later"
+        peer.sendall(b"the rest")
+        peer.shutdown(socket.SHUT_WR)
+        assert stream.read() == b"the rest"
+        assert stream.read() == b""
+        assert stream.read(1) == b""
+
+
+def test_readexactly() -> None:
+    with pair() as (stream, peer):
+        assert stream.readexactly(0) == b""
+        task = Task(stream.readexactly, 10)
+        for _ in range(5):
+            peer.sendall(b"ab")
+        assert task.result() == b"ababababab"
+        peer.sendall(b"abc")
+        peer.shutdown(socket.SHUT_WR)
+        with pytest.raises(
+            IncompleteReadError, match="the peer ended after 3 bytes; wanted were 4"
+        ) as caught:
+            stream.readexactly(4)
+        assert caught.value.partial == b"abc"
+        assert stream.read() == b""
+
+
+def test_readexactly_of_more_than_is_read_ahead() -> None:
+    """Reading had paused with less in the buffer than is asked for."""
+    size = stream_module.READ_AHEAD_MAX
+    with pair() as (stream, peer):
+        task = Task(peer.sendall, bytes(4 * size))
+        wait_until(lambda: stream._feed.pausing)
+        for count in (size + 100_000, size // 4, size + 100_000):
+            assert len(stream.readexactly(count)) == count
+        assert len(stream.readexactly(4 * size - 2 * (size + 100_000) - size // 4)) > 0
+        task.result()
+
+
+def test_readuntil_and_readline() -> None:
+    with pair() as (stream, peer):
+        peer.sendall(b"one\r\ntwo\r")
+        assert stream.readuntil(b"\r\n") == b"one\r\n"
+        task = Task(stream.readuntil, b"\r\n")
+        wait_until(lambda: reading(stream))
+        peer.sendall(b"\nthree\nrest")
+        assert task.result() == b"two\r\n"
+        assert stream.readline() == b"three\n"
+        peer.shutdown(socket.SHUT_WR)
+        with pytest.raises(IncompleteReadError) as caught:
+            stream.readuntil(b"!")
+        assert caught.value.partial == b"rest"
+        assert stream.readline() == b""
+
+
+def test_the_limit_of_readuntil() -> None:
+    with pair() as (stream, peer):
+        peer.sendall(b"12345678\n" + b"123456789\nx")
+        unread(stream, 20)
+        assert stream.readuntil(limit=9) == b"12345678\n"
+        with pytest.raises(ValueError, match=r"no b'\\n' within limit=9 bytes"):
+            stream.readuntil(limit=9)
+        assert stream.readuntil(limit=10) == b"123456789\n"  # it was left to be read
+        task = Task(stream.readline, limit=100)
+        peer.sendall(b"x" * 99)
+        with pytest.raises(ValueError, match="within limit=100 bytes"):
+            task.result()
+        assert stream.readexactly(100) == b"x" * 100
+        for bad in (b"", "x", 3):
+            with pytest.raises(ValueError, match="separator="):
+                stream.readuntil(bad)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="limit=1: must be a whole number from 2"):
+            stream.readuntil(b"\r\n", limit=1)
+
+
+def test_iteration_by_lines() -> None:
+    with pair() as (stream, peer):
+        peer.sendall(b"one\ntwo\n\nlast")
+        peer.shutdown(socket.SHUT_WR)
+        assert list(stream) == [b"one\n", b"two\n", b"\n", b"last"]
+
+
+def test_a_time_out_loses_nothing() -> None:
+    with pair() as (stream, peer):
+        peer.sendall(b"abc")
+        unread(stream, 3)
+        for call in (
+            lambda: stream.readexactly(4, timeout=SHORT),
+            lambda: stream.readuntil(timeout=SHORT),
+            lambda: stream.readline(timeout=SHORT),
+            lambda: stream.read(timeout=SHORT),
+        ):
+            with pytest.raises(TimeoutError, match=r"read\w*\(.*\): not done within timeout=0.05 s"):
+                call()
+        assert stream.read(10) == b"abc"
+        stream.timeout = SHORT
+        with pytest.raises(TimeoutError):
+            stream.read(10)
+        assert stream.timeout == SHORT
+        task = Task(stream.read, 10, timeout=None)
+        wait_until(lambda: reading(stream))
+        peer.sendall(b"d")
+        assert task.result() == b"d"
+
+
+def test_a_second_reader_is_told_so() -> None:
+    with pair() as (stream, peer):
+        task = Task(stream.read, 10)
+        wait_until(lambda: reading(stream))
+        for call in (lambda: stream.read(1), stream.readline, lambda: stream.readexactly(1)):
+            with pytest.raises(RuntimeError, match="another thread is reading from this stream"):
+                call()
+        stream.write(b"writing is another matter")
+        assert read_exactly(peer, 25) == b"writing is another matter"
+        peer.sendall(b"x")
+        assert task.result() == b"x"
+        peer.sendall(b"y")
+        assert stream.read(10) == b"y"
+
+
+def test_what_is_not_read_stays_with_the_peer() -> None:
+    most = stream_module.READ_AHEAD_MAX + (1 << 14)
+    with pair() as (stream, peer):
+        peer.settimeout(1)
+        sent = 0
+        with contextlib.suppress(TimeoutError):
+            while sent < 1 << 28:
+                sent += peer.send(bytes(1 << 16))
+        assert sent < 1 << 28
+        assert len(stream._feed.buffer) <= most
+        assert sent > most
+        peer.settimeout(PATIENCE)
+        got = 0
+        while got < sent:
+            got += len(stream.read(1 << 16))
+            assert len(stream._feed.buffer) <= most
+        assert got == sent
+
+
+# -- writing ------------------------------------------------------------------------------------------------
+
+
+def test_write_waits_for_a_peer_that_does_not_read_and_a_time_out_sends_nothing() -> None:
+    with pair() as (stream, peer):
+        block, written = bytes(100_000), 0
+
+        def fill() -> None:
+            nonlocal written
+            while written < 1 << 28:
+                stream.write(block, timeout=0.3)
+                written += len(block)
+
+        with pytest.raises(TimeoutError, match=r"write\(\): not done within"):
+            fill()
+        assert stream.connection.write_buffer_size <= 64 * 1024 + 100_000
+        task = Task(stream.write, b"again", timeout=PATIENCE)
+        assert len(read_exactly(peer, written)) == written
+        task.result()
+        assert read_exactly(peer, 5) == b"again"
+
+
+def test_one_write_of_more_than_any_buffer() -> None:
+    data = bytes(range(256)) * 100_000  # 25.6 MB; a connection of the other kind overflows at 16 MiB
+    with pair() as (stream, peer):
+        stream.write(memoryview(data))
+        assert hashlib.sha256(read_exactly(peer, len(data))).digest() == hashlib.sha256(data).digest()
+
+
+def test_the_bytes_of_one_write_stay_together() -> None:
+    size, count = 50_000, 20
+    with pair() as (stream, peer):
+
+        def work(letter: bytes) -> None:
+            for _ in range(count):
+                stream.write(letter * size)
+
+        tasks = [Task(work, letter) for letter in (b"a", b"b", b"c", b"d")]
+        seen: dict[int, int] = {}
+        for _ in range(4 * count):
+            block = read_exactly(peer, size)
+            assert block == block[:1] * size
+            seen[block[0]] = seen.get(block[0], 0) + 1
+        for task in tasks:
+            task.result()
+        assert set(seen.values()) == {count}
+
+
+def test_what_write_takes() -> None:
+    with pair() as (stream, peer):
+        data = bytearray(b"abc")
+        stream.write(data)
+        data[:] = b"xyz"
+        stream.write(b"")
+        assert read_exactly(peer, 3) == b"abc"
+        for bad in ("text", 5, None):
+            with pytest.raises(TypeError, match="data is"):
+                stream.write(bad)  # type: ignore[arg-type]
+
+
+def test_50_mb_both_ways_with_a_slow_reader() -> None:
+    size, block = 50_000_000, bytes(range(250)) * 400
+
+    class Mirror(Echo):
+        pass
+
+    with serving(Mirror) as server, open_stream(server.address, 60) as stream:
+        sent, got = hashlib.sha256(), hashlib.sha256()
+
+        def send() -> None:
+            for number in range(size // len(block)):
+                piece = number.to_bytes(4, "big") + block[4:]
+                sent.update(piece)
+                stream.write(piece)
+            stream.write_eof()
+
+        task = Task(send)
+        count = 0
+        while data := stream.read(70_001):
+            got.update(data)
+            count += len(data)
+            if count % 5_000_000 < len(data) and count < size - 1_000_000:
+                wait_until(lambda: stream._feed.pausing)  # a reader so slow that all stands still
+        task.join(PATIENCE)
+        task.result()
+        assert count == size
+        assert got.digest() == sent.digest()
+
+
+# -- the end ------------------------------------------------------------------------------------------------
+
+
+def test_close_sends_what_was_written_and_waits_for_it() -> None:
+    data = bytes(range(256)) * 20_000
+    with pair() as (stream, peer):
+        stream.write(data)
+        assert stream.connection.write_buffer_size
+        task = Task(stream.close, timeout=60)
+        wait_until(lambda: stream.closed)
+        assert task.is_alive()
+        assert read_all(peer) == data
+        peer.close()
+        task.result()
+        assert stream.connection.closed
+        stream.close()
+
+
+def test_close_times_out_and_goes_on() -> None:
+    with pair() as (stream, peer):
+        stream.write(bytes(5_000_000))
+        with pytest.raises(TimeoutError, match=r"close\(\): not done within"):
+            stream.close(timeout=SHORT)
+        task = Task(stream.close)
+        assert len(read_all(peer)) == 5_000_000
+        peer.close()
+        task.result()
+
+
+def test_close_says_that_bytes_were_lost() -> None:
+    with pair() as (stream, peer):
+        stream.write(bytes(20_000_000))
+        task = Task(stream.close)
+        wait_until(lambda: stream.closed)
+        rst(peer)
+        with pytest.raises(ConnectionError):
+            task.result()
+        stream.close()  # said once
+
+
+def test_half_close_and_an_answer_after_it() -> None:
+    with pair() as (stream, peer):
+        stream.write(b"question")
+        stream.write_eof()
+        stream.write_eof()
+        assert read_all(peer) == b"question"
+        with pytest.raises(ConnectionClosedError, match=r"write\(\): after write_eof\(\)"):
+            stream.write(b"more")
+        peer.sendall(b"answer")
+        assert stream.read(100) == b"answer"
+        peer.close()
+        assert stream.read() == b""
+
+
+def test_writing_on_after_the_peers_end() -> None:
+    with pair() as (stream, peer):
+        peer.shutdown(socket.SHUT_WR)
+        assert stream.read() == b""
+        stream.write(b"still there")
+        stream.write_eof()
+        assert read_all(peer) == b"still there"
+
+
+def test_a_reset_ends_a_read_and_all_that_follows() -> None:
+    with pair() as (stream, peer):
+        peer.sendall(b"before")
+        unread(stream, 6)
+        rst(peer)
+        wait_until(lambda: stream._feed.over or stream._feed.ended)
+        assert stream.read(100) == b"before"
+        if stream._feed.over:  # Wine may show EOF
+            for call in (
+                lambda: stream.read(1),
+                stream.read,
+                lambda: stream.readexactly(1),
+                lambda: stream.write(b"x"),
+            ):
+                with pytest.raises(ConnectionResetError):
+                    call()
+
+
+def test_a_reset_ends_a_write_that_waits() -> None:
+    with pair() as (stream, peer):
+        stream.write(bytes(20_000_000))
+        task = Task(stream.write, b"waits")
+        rst(peer)
+        with pytest.raises(ConnectionError):
+            task.result()
+
+
+def test_use_after_close() -> None:
+    with pair() as (stream, peer):
+        peer.sendall(b"unread")
+        unread(stream, 6)
+        peer.close()
+        stream.close()
+        for call in (
+            lambda: stream.read(1),
+            stream.read,
+            lambda: stream.readexactly(1),
+            stream.readline,
+            lambda: list(stream),
+            lambda: stream.write(b"x"),
+            stream.write_eof,
+        ):
+            with pytest.raises(ConnectionClosedError, match=r"\w+\(.*\): the stream is closed"):
+                call()
+        assert "closed" in repr(stream)
+        stream.abort()
+
+
+@pytest.mark.parametrize("how", ["close", "abort"])
+def test_who_waits_is_told_of_a_close(how: str) -> None:
+    with pair() as (stream, peer):
+        stream.write(bytes(20_000_000))
+        tasks = [Task(stream.read, 1), Task(stream.write, b"x")]
+        waiters = vars(stream._feed.changed)["_waiters"]
+        wait_until(lambda: reading(stream) and len(waiters) == 2)
+        closing = Task(getattr(stream, how))
+        for task in tasks:
+            with pytest.raises(ConnectionClosedError, match="the stream is closed"):
+                task.result()
+        if how == "close":
+            assert len(read_all(peer)) == 20_000_000
+            peer.close()
+        closing.result()
+
+
+def test_a_block_that_raises_aborts() -> None:
+    def fail() -> None:
+        with stream:
+            stream.write(bytes(20_000_000))
+            raise KeyError("mine")
+
+    with pair() as (stream, _peer):
+        with pytest.raises(KeyError):
+            fail()
+        assert stream.connection.wait_closed(PATIENCE)
+        assert stream.connection.close_reason == "aborted"
+
+
+def test_a_stream_that_nobody_closed() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        streams = [open_stream(listener.getsockname(), 5)]
+        feed = streams[0].connection
+        with pytest.warns(ResourceWarning, match="unclosed <Stream <_Feed"):
+            streams.clear()
+        assert feed.wait_closed(5)
+
+
+# -- opening ------------------------------------------------------------------------------------------------
+
+
+def test_refused() -> None:
+    with pytest.raises(ConnectionRefusedError) as caught:
+        open_stream(closed_port(), 10)
+    assert caught.value.winerror == 10061  # type: ignore[attr-defined]
+
+
+def test_not_answered() -> None:
+    """On Windows a full queue refuses."""
+    with full_queue() as address, pytest.raises((TimeoutError, ConnectionRefusedError)):
+        open_stream(address, 0.2)
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(ValueError, match="timeout=0"):
+        open_stream(("127.0.0.1", 1), 0)
+    with pytest.raises(TypeError, match="unknown option colour"):
+        open_stream(("127.0.0.1", 1), colour=1)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="write_buffer_max"):
+        open_stream(("127.0.0.1", 1), write_buffer_max=1)
+    with pytest.raises(TypeError, match="streams are made by open_stream"):
+        Stream(Connection())
+    with pytest.raises(TypeError, match="function=5"):
+        StreamServer(("127.0.0.1", 0), 5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="threads=0: must be a whole number from 1"):
+        StreamServer(("127.0.0.1", 0), print, threads=0)
+    with pair() as (stream, _peer):
+        for bad in (
+            lambda: stream.read(-2),
+            lambda: stream.readexactly(-1),
+            lambda: stream.read(1, timeout=-1),
+        ):
+            with pytest.raises(ValueError, match="must be"):
+                bad()
+
+
+def test_from_a_callback() -> None:
+    problems: list[str] = []
+
+    class Caller(Recorder):
+        def got(self, data: bytes) -> None:
+            for call in (
+                lambda: open_stream(self.server.address, 5),
+                lambda: stream.read(1),
+                lambda: stream.write(b"x"),
+                stream.close,
+            ):
+                try:
+                    call()
+                except RuntimeError as exc:
+                    problems.append(str(exc))
+            stream.abort()
+
+    with serving(Caller, io_threads=0) as server:
+        stream = open_stream(server.address, 5)
+        stream.write(b"go")
+        made(Caller)[0].until("data")
+        assert stream.connection.wait_closed(5)
+        wait_until(lambda: len(problems) == 4)
+    assert all("called from a callback" in problem for problem in problems), problems
+
+
+def test_ctrl_c_ends_a_read() -> None:
+    script = (
+        "import iocp_ctypes, signal, sys, threading, time\n"
+        "with iocp_ctypes.open_stream((sys.argv[1], int(sys.argv[2]))) as stream:\n"
+        "    print('reading', flush=True)\n"
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "    threading.Timer(0.2, signal.raise_signal, [signal.SIGINT]).start()\n"
+        "    begin = time.monotonic()\n"
+        "    try:\n"
+        "        stream.read()\n"
+        "    except KeyboardInterrupt:\n"
+        "        print('interrupted', time.monotonic() - begin < 3, flush=True)\n"
+        "        raise SystemExit(0) from None\n"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        host, port = listener.getsockname()
+        program = Program("-c", script, host, str(port))
+        try:
+            program.line("reading")
+            program.line("interrupted True")
+            assert program.ended() == (0, [])
+        finally:
+            program.kill()
+
+
+def test_a_script_that_forgets_to_close() -> None:
+    script = (
+        "import iocp_ctypes, sys\n"
+        "stream = iocp_ctypes.open_stream((sys.argv[1], int(sys.argv[2])))\n"
+        "stream.write(b'hello')\n"
+        "print(stream.read(5), flush=True)\n"
+    )
+    with serving(Echo) as server:
+        host, port = server.address
+        program = Program("-c", script, host, str(port))
+        try:
+            program.line("b'hello'")
+            assert program.ended() == (0, [])
+        finally:
+            program.kill()
+
+
+# -- serving ------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def serving_streams(function: Any, **options: Any) -> Iterator[StreamServer]:
+    server = StreamServer(("127.0.0.1", 0), function, **options)
+    server.start()
+    try:
+        yield server
+    finally:
+        assert server.stop(5)
+
+
+def upper(stream: Stream) -> None:
+    for line in stream:
+        stream.write(line.upper())
+
+
+def test_a_function_serves_connections() -> None:
+    with serving_streams(upper) as server, contextlib.ExitStack() as stack:
+        streams = [stack.enter_context(open_stream(server.address, 10)) for _ in range(20)]
+        for number, stream in enumerate(streams):
+            stream.write(b"line %d\nand" % number)
+        for number, stream in enumerate(streams):
+            assert stream.readline() == b"LINE %d\n" % number
+        for stream in streams:
+            stream.write_eof()
+            assert stream.read() == b"AND"
+
+
+def test_more_connections_than_threads_wait_their_turn() -> None:
+    running: list[int] = []
+    most: list[int] = []
+    lock = threading.Lock()
+
+    def hold(stream: Stream) -> None:
+        with lock:
+            running.append(1)
+            most.append(len(running))
+        stream.write(stream.readexactly(1))
+        with lock:
+            running.pop()
+
+    with serving_streams(hold, threads=3) as server, contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(raw(server.address)) for _ in range(9)]
+        wait_until(lambda: len(running) == 3)
+        for client in clients:
+            client.sendall(b"x")
+        for client in clients:
+            assert read_all(client) == b"x"
+    assert max(most) == 3
+    assert len(most) == 9
+
+
+def test_a_function_that_raises(expects_errors: Any) -> None:
+    def broken(stream: Stream) -> None:
+        raise KeyError(stream.read(1))
+
+    with serving_streams(broken) as server, raw(server.address) as client:
+        client.sendall(b"x")
+        ended(client)
+    wait_until(lambda: expects_errors)
+    assert "a callback raised" in expects_errors[0].getMessage()
+    assert len(expects_errors) == 1
+
+
+def test_the_end_of_the_peer_is_no_mistake_of_the_function() -> None:
+    """Nothing is logged as an error; see the guards."""
+    problems: list[BaseException] = []
+
+    def wanting(stream: Stream) -> None:
+        try:
+            stream.readexactly(10)
+        except BaseException as exc:
+            problems.append(exc)
+            raise
+
+    with serving_streams(wanting, timeout=0.2) as server:
+        with raw(server.address) as client:
+            client.sendall(b"abc")
+            client.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(ConnectionError):
+                assert read_all(client) == b""
+        with raw(server.address) as client:
+            client.sendall(b"abc")
+            ended(client)  # a time-out
+        client = raw(server.address)
+        client.sendall(b"abc")
+        rst(client)
+        wait_until(lambda: len(problems) == 3)
+    assert isinstance(problems[0], IncompleteReadError)
+    assert isinstance(problems[1], TimeoutError)
+
+
+def test_an_error_of_the_functions_own_is_not_taken_for_the_peers(expects_errors: Any) -> None:
+    def broken(_stream: Stream) -> None:
+        raise TimeoutError("of a database")
+
+    with serving_streams(broken) as server, raw(server.address) as client:
+        ended(client)
+    wait_until(lambda: expects_errors)
+
+
+def test_stop_ends_functions_that_wait() -> None:
+    problems: list[BaseException] = []
+
+    def wait(stream: Stream) -> None:
+        try:
+            stream.read()
+        except BaseException as exc:
+            problems.append(exc)
+            raise
+
+    server = StreamServer(("127.0.0.1", 0), wait)
+    server.start()
+    with raw(server.address), raw(server.address):
+        wait_until(lambda: len(server.connections) == 2)
+        wait_until(lambda: len(server._pool._threads) == 2)
+        began = time.monotonic()
+        assert server.stop(0.2)
+        assert time.monotonic() - began < 5
+    assert [type(problem) for problem in problems] == [ConnectionClosedError] * 2
+    assert "shutdown" in str(problems[0])
+
+
+def test_stop_from_a_function() -> None:
+    stopped: list[bool] = []
+
+    def stop(stream: Stream) -> None:
+        stream.readline()
+        stopped.append(server.stop(0.2))
+
+    server = StreamServer(("127.0.0.1", 0), stop)
+    with server, raw(server.address) as client:
+        client.sendall(b"\n")
+        assert read_all(client) == b""
+        wait_until(lambda: stopped)
+    assert stopped == [True]
+
+
+def test_a_stream_is_closed_when_its_function_returns() -> None:
+    kept: list[Stream] = []
+    with serving_streams(kept.append) as server, raw(server.address) as client:
+        assert ended(client) == "eof"
+        with pytest.raises(ConnectionClosedError):
+            kept[0].read()
+
+
+def test_streams_leave_nothing(flat_handles: None) -> None:
+    with serving_streams(upper, threads=4) as server:
+        for _ in range(200):
+            with open_stream(server.address, 10) as stream:
+                stream.write(b"x\n")
+                assert stream.readline() == b"X\n"
