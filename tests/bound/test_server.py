@@ -864,7 +864,7 @@ def test_pausing_and_resuming_in_a_hurry_loses_nobody(io_threads: int) -> None:
         done = threading.Event()
 
         def toggle() -> None:
-            while not done.is_set():
+            while not done.wait(0.005):  # without a breath it would keep the pool's lock from the I/O threads
                 server.pause_accepting()
                 server.resume_accepting()
 
