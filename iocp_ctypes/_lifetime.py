@@ -128,6 +128,7 @@ class Lifetime:
         self._peer_address = peer
         execute = home.engine.dispatcher.call_soon if home.executor is None else home.executor(self.id)
         self._strand = Strand(execute)
+        self._strand.enter()  # until on_connect was called: the server's table is open to all, and they post
         self._flow = WriteFlow()
         self._lock: Any = _LOCKS[self.id % len(_LOCKS)]
         self._state = life.OPEN
