@@ -13,6 +13,7 @@ Laws
 from __future__ import annotations
 
 import errno
+import functools
 from collections.abc import Sequence
 from time import monotonic
 from typing import Any, Final
@@ -65,9 +66,20 @@ class Channel(Lifetime):
         """Begin the callbacks; `first` came with the accept. On an I/O thread."""
         with self._lock:
             self._arm()
-        self._run(self._open, first)
+        if self._home.executor is None:
+            self._open(first)
+        else:
+            self._home.executor(self.id)(functools.partial(self._open, first))
 
     def _open(self, first: bytes) -> None:
+        """Begin, and leave the strand, which `_attach` entered."""
+        try:
+            self._begin(first)
+        finally:
+            self._strand.leave()
+
+    def _begin(self, first: bytes) -> None:
+        """Call on_connect and all that comes with it. On the strand."""
         if self._state >= life.JOINING:
             return  # ended before it began: no on_connect, and on_close only where connect() owes it
         self._opened = True

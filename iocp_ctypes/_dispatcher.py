@@ -42,6 +42,9 @@ RESERVE_MAX: Final = 4
 #: share.
 BATCH_ALONE: Final = 64
 BATCH_SHARED: Final = 8
+#: Packets taken in a row at the most before any is served: who queues as fast as we take must not keep us
+#: from serving.
+REAPED_MAX: Final = 512
 
 log = logging.getLogger("iocp_ctypes")
 
@@ -239,7 +242,8 @@ class Dispatcher:
         while ready or not self._stopping:
             me.busy = False
             count = reaped = reap(batch, 0 if ready else INFINITE, ready)
-            while reaped == batch.size:  # all that is there takes its place behind what was ready before
+            # All that is there takes its place behind what was ready before.
+            while reaped == batch.size and count < REAPED_MAX:
                 reaped = reap(batch, 0, ready)
                 count += reaped
             me.busy = True

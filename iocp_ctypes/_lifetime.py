@@ -129,6 +129,7 @@ class Lifetime:
         self._peer_address = peer
         execute = home.engine.dispatcher.call_soon if home.executor is None else home.executor(self.id)
         self._strand = Strand(execute)
+        self._strand.enter()  # until on_connect was called: the server's table is open to all, and they post
         self._flow = WriteFlow()
         self._lock: Any = _LOCKS[self.id % len(_LOCKS)]
         self._state = life.OPEN
@@ -152,6 +153,7 @@ class Lifetime:
     def _attach_client(self, home: Home, connector: Connector, settings: Settings, peer: Address) -> None:
         """Give a connection that is not connected yet what stands in for its socket."""
         self._attach(None, home, connector, settings, peer)
+        self._strand.leave()  # nobody but who called connect() knows it: on_timeout may come before on_connect
         self._state = life.CONNECTING
         self._reading = POSTED  # the connector counts as something in flight
         self._opened = True  # on_close is owed in any case: it says why connecting failed
@@ -165,7 +167,7 @@ class Lifetime:
                 sock.close()  # it was closed meanwhile
             if self._state == life.OPEN:
                 # Posted under the lock: whoever ends it from now on posts on_close behind it.
-                self._strand.post(self._open, b"")
+                self._strand.post(self._begin, b"")
                 return
             self._reading = IDLE
             code = getattr(error, "winerror", None) or 0
@@ -206,7 +208,7 @@ class Lifetime:
 
     # -- what moves, in Channel -----------------------------------------------------------------------------
 
-    def _open(self, first: bytes) -> None: ...
+    def _begin(self, first: bytes) -> None: ...
     def _receive_for_close(self) -> None: ...
     def _try_again(self) -> None: ...
 

@@ -6,6 +6,7 @@ TABLE is the one list of layers. A new module gets a row, between what it builds
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import sys
 from collections.abc import Iterator
@@ -88,10 +89,12 @@ def name_of(file: Path) -> str:
     return file.relative_to(FOLDER).with_suffix("").parts[0]
 
 
+@functools.cache
 def text_of(file: Path) -> str:
     return file.read_text(encoding="utf-8")
 
 
+@functools.cache
 def tree_of(file: Path) -> ast.Module:
     return ast.parse(text_of(file), str(file))
 

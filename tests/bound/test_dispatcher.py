@@ -15,7 +15,7 @@ from fakes import FakePort
 from support import wait_until
 
 from iocp_ctypes import _dispatcher, _win32
-from iocp_ctypes._dispatcher import RESERVE_MAX, Dispatcher
+from iocp_ctypes._dispatcher import RESERVE_MAX, STALL_CHECK, STALL_CHECK_AGAIN, Dispatcher
 from iocp_ctypes._port import KEY_IO, CompletionPort
 from iocp_ctypes._proactor import PENDING, Operation, Proactor
 from iocp_ctypes._sockops import OverlappedSocket
@@ -264,6 +264,27 @@ def test_what_completes_at_once_for_ever_starves_nobody(quiet: Bench) -> None:
     assert turns < 1_000_000
 
 
+def test_who_queues_as_fast_as_packets_are_taken_keeps_nobody_from_serving(
+    make: Callable[..., Bench],
+) -> None:
+    class Flood(FakePort):
+        """Full of packets, however many are taken; until the flood is over."""
+
+        left = 0
+
+        def _take(self, size: int) -> list[tuple[Any, int]]:
+            self.left -= size
+            return [(0, 0)] * size if self.left > 0 else super()._take(size)
+
+    port = Flood()
+    bench = make(1, port, Looks())
+    bench.call(lambda: None)
+    port.left = 100_000
+    left = bench.call(lambda: port.left)
+    assert left > 90_000, "it was served when the flood was over"
+    port.left = 0
+
+
 def test_a_serving_thread_needs_no_packet_for_its_own_calls(quiet: Bench) -> None:
     quiet.call(lambda: None)
     before = quiet.port.posts
@@ -393,6 +414,47 @@ def test_a_thread_that_blocks_is_replaced_after_two_looks_and_not_after_one(
     gate.go_on.set()
     wait_until(lambda: dispatcher.stalled == 0, what="the stalled thread comes back")
     assert dispatcher.threads == 2, "it waits in reserve"
+
+
+def test_who_takes_over_is_looked_at_sooner(make: Callable[..., Bench]) -> None:
+    # Several callbacks in a row that block must not add up.
+    looks = Looks()
+    bench = make(1, FakePort(), looks)
+    gates = [bench.gate() for _ in range(3)]
+    for gate in gates:
+        bench.dispatcher.call_soon(gate)
+    waits = []
+    for gate in gates:
+        assert gate.began.wait(PATIENCE)
+        looks.look()
+        looks.look()
+        waits += [seconds for seconds, _function in looks.waiting]
+    assert bench.dispatcher.handoffs == 3
+    assert set(waits) == {STALL_CHECK_AGAIN}
+    bench.call(lambda: None)
+    for gate in gates:
+        gate.go_on.set()
+    wait_until(lambda: bench.port.waiting == 1, what="the thread that serves waits for packets")
+    assert STALL_CHECK_AGAIN < STALL_CHECK
+
+
+def test_a_relieved_thread_is_an_io_thread_but_does_not_serve(make: Callable[..., Bench]) -> None:
+    looks = Looks()
+    bench = make(1, FakePort(), looks)
+    said: list[tuple[bool, bool]] = []
+
+    def ask() -> None:
+        said.append((bench.dispatcher.is_io_thread(), bench.dispatcher.is_serving()))
+
+    gate = bench.gate()
+    bench.dispatcher.call_soon(lambda: (ask(), gate(), ask()))
+    assert gate.began.wait(PATIENCE)
+    looks.look()
+    looks.look()
+    gate.go_on.set()
+    wait_until(lambda: len(said) == 2)
+    ask()
+    assert said == [(True, True), (True, False), (False, False)]
 
 
 def test_a_thread_that_gets_on_is_not_replaced(make: Callable[..., Bench]) -> None:
@@ -629,6 +691,18 @@ def test_stopping_waits_for_a_handler_and_gives_up_at_the_time_out(bench: Bench)
     gate = bench.stall()
     assert bench.dispatcher.stop(0.01) is False
     gate.go_on.set()
+    assert bench.dispatcher.stop(PATIENCE) is True
+
+
+def test_what_a_callback_left_to_do_is_done_after_stopping_gave_up(bench: Bench) -> None:
+    # A callback that outlasts the stop still has its on_close after it.
+    ran = threading.Event()
+    gate = bench.gate()
+    bench.dispatcher.call_soon(lambda: (gate(), bench.dispatcher.call_soon(ran.set)))
+    assert gate.began.wait(PATIENCE)
+    assert bench.dispatcher.stop(0.01) is False
+    gate.go_on.set()
+    assert ran.wait(PATIENCE)
     assert bench.dispatcher.stop(PATIENCE) is True
 
 

@@ -393,6 +393,12 @@ class Fragile(Recorder):
         raise ZeroDivisionError("on purpose")
 
 
+def _shut_down(connection: Any, client: socket.socket) -> None:
+    threading.Thread(target=connection.server.stop).start()
+    assert ended(client) == "eof"
+    client.close()
+
+
 Ending = Callable[[Any, socket.socket], object]
 ENDINGS: dict[str, tuple[Ending, type[OSError] | None]] = {
     "local": (lambda connection, client: (connection.close(), client.close()), None),
@@ -403,10 +409,7 @@ ENDINGS: dict[str, tuple[Ending, type[OSError] | None]] = {
     "idle": (lambda connection, client: setattr(connection, "idle_timeout", 0.01), TimeoutError),
     "overflow": (lambda connection, client: connection.send(bytes(17 * MIB)), OSError),
     "error": (lambda connection, client: client.sendall(b"x"), ConnectionAbortedError),
-    "shutdown": (
-        lambda connection, client: (threading.Thread(target=connection.server.stop).start(), client.close()),
-        None,
-    ),
+    "shutdown": (_shut_down, None),
 }
 
 
@@ -811,21 +814,58 @@ def test_a_connection_lives_while_nobody_but_the_library_refers_to_it() -> None:
 # -- everything at once -------------------------------------------------------------------------------------
 
 
-def test_aborted_before_it_began_it_has_neither_on_connect_nor_on_close() -> None:
+@pytest.mark.parametrize("work_threads", [0, 2])
+def test_aborted_before_it_began_it_has_neither_on_connect_nor_on_close(work_threads: int) -> None:
     class Stillborn(Recorder):
         def _start(self, first: bytes) -> None:
             """As another thread may do once the connection is in the server's table."""
             self.abort()
-            gone = threading.Event()
-            threading.Thread(target=lambda: self.wait_closed(PATIENCE) and gone.set()).start()
-            assert gone.wait(PATIENCE)
-            wait_until(lambda: self not in self.server.connections)
             super()._start(first)
 
-    with serving(Stillborn, io_threads=4) as server, raw(server.address) as client:
+    with serving(Stillborn, work_threads=work_threads) as server, raw(server.address) as client:
         assert ended(client) in ("eof", "reset")
         wait_until(lambda: server.stats().connections == 0)
+        assert Stillborn.made[0].wait_closed(PATIENCE)
         assert Stillborn.made[0].names == []
+
+
+@pytest.mark.parametrize("work_threads", [0, 2])
+def test_on_connect_comes_before_all_that_others_ask_for(work_threads: int) -> None:
+    class Awaited(Recorder):
+        def _start(self, first: bytes) -> None:
+            """As other threads may do once the connection is in the server's table."""
+            askers = [
+                lambda: self.call_soon(self.soon),
+                lambda: self.set_deadline(0),
+                lambda: self.server.broadcast(STUCK),
+                lambda: (self.pause_reading(), self.resume_reading()),
+            ]
+            for asker in askers:
+                thread = threading.Thread(target=asker)
+                thread.start()
+                thread.join()
+            settled = threading.Event()
+            self.server.engine.watchdog.later(0, settled.set)
+            assert settled.wait(PATIENCE)
+            super()._start(first)
+
+        def soon(self) -> None:
+            with self.record("soon"):
+                pass
+
+        def timed_out(self, kind: str) -> bool:
+            return True
+
+    options = {"work_threads": work_threads, "io_threads": 4, "accept_data": 10}
+    with serving(Awaited, **options) as server, raw(server.address) as client:
+        client.sendall(b"first")
+        (connection,) = made(Awaited)
+        assert read_exactly(client, len(STUCK)) == STUCK
+        for name in ("soon", "timeout", "data", "drain"):
+            connection.until(name)
+        client.close()
+        connection.until("close")
+        connection.check()
 
 
 def test_closing_and_aborting_in_all_ways_at_once(io_threads: int) -> None:
@@ -896,8 +936,8 @@ def test_closing_and_aborting_in_all_ways_at_once(io_threads: int) -> None:
 
         with beside(meddle, meddle, visits):
             assert over.wait(LONG)
-        server.close_clients()
-        wait_until(lambda: server.stats().connections == 0)
+        # More than once: one may have been accepted a moment ago.
+        wait_until(lambda: server.close_clients() or server.stats().connections == 0)
         stats = server.stats()
         print(dict(stats.closed))
         assert sum(stats.closed.values()) >= 250
