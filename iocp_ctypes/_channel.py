@@ -20,6 +20,7 @@ from typing import Any, Final
 from . import _lifecycle as life
 from ._errors import (
     RESOURCE_CODES,
+    STATUS_PENDING,
     ConnectionClosedError,
     error_from_code,
     reason_of,
@@ -27,11 +28,14 @@ from ._errors import (
 from ._flow import SEND_SLICE_MAX, Piece
 from ._lifecycle import CloseReason
 from ._lifetime import DELIVERING, ENDED, IDLE, POSTED, RETRY_FIRST, SMALL_RECEIVE, Lifetime
+from ._options import KIB
 from ._proactor import COMPLETED, KEPT_DATA_MAX, PENDING, Operation
-from ._sockops import error_code
+from ._sockops import ENDING_THREADS_DROP, error_code
 
 Buffer = bytes | bytearray | memoryview
 
+#: Bytes of a receive in mode "auto" while a stream fills one of recv_size after the other.
+BULK_RECEIVE: Final = 64 * KIB
 #: Seconds between two messages up to which a connection counts as busy and keeps its small receive posted.
 BUSY_GAP: Final = 1.0
 
@@ -130,8 +134,11 @@ class Channel(Lifetime):
         """
         if self._settings.recv_mode != "auto":
             return
-        if transferred >= SMALL_RECEIVE:
-            self._next_size = self._settings.recv_size
+        size = self._settings.recv_size
+        if transferred >= size:
+            self._next_size = max(size, BULK_RECEIVE)
+        elif transferred >= SMALL_RECEIVE:
+            self._next_size = size
         else:
             self._next_size = SMALL_RECEIVE if gap <= BUSY_GAP else 0
 
@@ -142,6 +149,8 @@ class Channel(Lifetime):
             if self._state >= life.JOINING:
                 self._reading = IDLE
                 self._join()
+            elif status == STATUS_PENDING:
+                self._post_receive(operation.size)
             elif status:
                 self._reading = IDLE
                 self._receive_failed(error_code(status))
@@ -276,6 +285,7 @@ class Channel(Lifetime):
                 or self._eof_out
                 or flow.queued
                 or flow.sends >= settings.sendcap
+                or flow.alone is not None
                 or not 0 < length <= SEND_SLICE_MAX
                 or flow.in_flight + length > settings.write_buffer_max
             ):
@@ -325,7 +335,8 @@ class Channel(Lifetime):
         assert self._lock._is_owned()
         flow = self._flow
         proactor = self._home.engine.proactor
-        while flow.queued and flow.sends < self._settings.sendcap and self._retry_due is None:
+        cap = self._settings.sendcap
+        while flow.queued and flow.sends < cap and flow.alone is None and self._retry_due is None:
             pieces, length = flow.take()
             operation = proactor.take_send()
             if len(pieces) == 1 and length == len(pieces[0].data):
@@ -343,6 +354,10 @@ class Channel(Lifetime):
         if code == PENDING:
             flow.sends += 1
             flow.in_flight += operation.length
+            if ENDING_THREADS_DROP and not self._home.engine.dispatcher.is_serving():
+                flow.alone = (
+                    operation  # it may have to be issued again, and then nothing may have gone before it
+                )
             return True
         length, sent = operation.length, int(operation.InternalHigh)
         self._home.engine.proactor.give_send(operation)
@@ -380,6 +395,9 @@ class Channel(Lifetime):
             flow = self._flow
             flow.sends -= 1
             flow.in_flight -= length
+            alone = flow.alone is operation
+            if alone:
+                flow.alone = None
             self._home.engine.proactor.give_send(operation)
             if self._state >= life.JOINING:
                 self._join()
@@ -388,9 +406,11 @@ class Channel(Lifetime):
             self.last_activity = monotonic()
             if transferred != length or status:
                 pieces = kept if isinstance(kept, list) else [Piece(kept, 0, length)]
-                code = error_code(status) if status else 0
-                if not status or code in RESOURCE_CODES:
-                    if self._short(pieces, transferred) and status:
+                code = error_code(status) if status and status != STATUS_PENDING else 0
+                if alone and not code:
+                    flow.push_front(pieces, transferred)
+                elif not code or code in RESOURCE_CODES:
+                    if self._short(pieces, transferred) and code:
                         self._retry_later()
                 else:
                     self._fail(reason_of(code), error_from_code(code))

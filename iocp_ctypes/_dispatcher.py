@@ -11,6 +11,7 @@ Laws
    callback returns.
 4. Handlers do not raise. One that does is a defect of this library: it is logged, and the thread goes on.
 5. Stopping: a flag, and a WAKE packet that each leaving thread posts again, so that no batch can swallow it.
+   Who leaves serves what is ready: a callback that outlasts `stop` still has its on_close after it.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ from ._win32 import INFINITE
 #: connection waits at most 80 ms; 25 looks a second, and only while there is traffic, cost nothing to speak
 #: of.
 STALL_CHECK: Final = 0.04
+#: The same right after one was found stalled: who takes over may run into the next callback that blocks, and
+#: several of them must not add up.
+STALL_CHECK_AGAIN: Final = 0.01
 #: Threads that may be stalled at once; above it connections wait for a callback to return.
 STALLED_MAX: Final = 32
 #: Threads kept in reserve; more than that end.
@@ -91,6 +95,7 @@ class Dispatcher:
         self._reserve: list[_Worker] = []
         self._serving: dict[int, _Worker] = {}  # by thread identity; not those relieved
         self._stopping = False
+        self._hurrying = False  # the look before found somebody stalled; written under the lock
         self._looking = threading.Lock()  # held exactly while looks for stalled threads are scheduled
         self._past_reaps = 0  # of threads that have ended
         self._past_packets = 0
@@ -117,6 +122,10 @@ class Dispatcher:
         # woken.
         if threading.get_ident() not in self._serving:
             self._port.post()
+
+    def is_serving(self) -> bool:
+        """Return whether the calling thread is an I/O thread that nobody took over from."""
+        return threading.get_ident() in self._serving
 
     def is_io_thread(self) -> bool:
         """Return whether the calling thread is one of this dispatcher's."""
@@ -227,9 +236,12 @@ class Dispatcher:
         retire = self._proactor.pending.pop
         looking = self._looking.acquire
         batch = Batch(self._batch_size)
-        while not self._stopping:
+        while ready or not self._stopping:
             me.busy = False
-            count = reap(batch, 0 if ready else INFINITE, ready)
+            count = reaped = reap(batch, 0 if ready else INFINITE, ready)
+            while reaped == batch.size:  # all that is there takes its place behind what was ready before
+                reaped = reap(batch, 0, ready)
+                count += reaped
             me.busy = True
             if count:
                 me.reaps += 1
@@ -264,7 +276,7 @@ class Dispatcher:
         """
         with self._lock:
             if self._stopping:
-                return False
+                return True  # to serve what is ready; then the loop ends
             if len(self._serving) < self._running_max:
                 me.relieved = False
                 self._serving[me.ident] = me
@@ -279,7 +291,7 @@ class Dispatcher:
             return False
         me.gate.acquire()
         me.busy = True
-        return not self._stopping
+        return True
 
     # -- looking for stalled threads (on the thread of `later`) ---------------------------------------------
 
@@ -287,7 +299,7 @@ class Dispatcher:
         with self._lock:
             if self._stopping:
                 return
-            busy = False
+            busy = hurry = False
             for worker in tuple(self._serving.values()):
                 if not worker.busy:
                     worker.seen = -1
@@ -298,11 +310,14 @@ class Dispatcher:
                     worker.seen = -1
                     del self._serving[worker.ident]
                     self.handoffs += 1
+                    hurry = True
                 else:
+                    hurry = hurry or (self._hurrying and worker.seen < 0)  # it took over: look at it again
                     worker.seen = worker.turn
+            self._hurrying = hurry
             self._fill()
         if busy:
-            self._later(STALL_CHECK, self._look)
+            self._later(STALL_CHECK_AGAIN if hurry else STALL_CHECK, self._look)
             return
         self._looking.release()
         # A thread may have become busy before the release: then it found the looking on, so it is switched

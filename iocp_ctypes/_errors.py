@@ -17,6 +17,9 @@ from typing import Final, NamedTuple
 from ._lifecycle import CloseReason
 
 STATUS_SUCCESS: Final = 0
+#: Never the status of a finished operation on Windows. Wine leaves it behind where it dropped an operation
+#: undone, because the thread that issued it ended at that moment.
+STATUS_PENDING: Final = 0x103
 STATUS_CANCELLED: Final = 0xC0000120
 WSA_IO_PENDING: Final = 997
 ERROR_OPERATION_ABORTED: Final = 995
@@ -246,8 +249,9 @@ def error_from_status(status: int, what: str = "") -> OSError:
 def _make(kind: type[OSError], errno_name: str, code: int, what: str, text: str) -> OSError:
     number = getattr(errno, errno_name, errno.EIO)
     message = f"{what}: {text}" if what else text
-    # On Windows str() of an exception that has a winerror begins with it.
-    exc = kind(number, f"[WinError {code}] {message}" if code and sys.platform != "win32" else message)
+    if code and sys.platform != "win32":  # there `winerror` makes str() begin so by itself
+        message = f"[WinError {code}] {message}"
+    exc = kind(number, message)
     if code:
         exc.winerror = code
     return exc

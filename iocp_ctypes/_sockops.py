@@ -33,6 +33,11 @@ NOT_CONNECTED: Final = _win32.CONNECT_TIME_NOT_CONNECTED
 _ACCEPT_ADDRESSES: Final = 2 * _win32.ACCEPT_ADDRESS_SIZE
 _RESET_ON_CLOSE: Final = _win32.LINGER(1, 0)
 
+#: True where a thread that ends may take an operation along that it issued: Wine drops it if the end comes
+#: while the operation is being carried out. Windows leaves the operations of handles with a completion port
+#: alone.
+ENDING_THREADS_DROP: Final = _win32.is_wine()
+
 _startup_data = ctypes.create_string_buffer(512)
 # CPython's socket module does this too; ours makes the vendored folder independent of that. Never undone: the
 # process keeps Winsock until it ends.

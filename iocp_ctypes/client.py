@@ -88,10 +88,10 @@ def connect(
     place = _check_target(address)
     local = None if local_address is None else _check_local(local_address)
     check_timeout("timeout", timeout)
-    for name in options:
+    for name, value in options.items():
         if name not in ClientOptions.__annotations__:
             known = ", ".join(ClientOptions.__annotations__)
-            raise TypeError(f"unknown option {name}={options[name]!r}: those of a client are {known}")  # type: ignore[literal-required]
+            raise TypeError(f"unknown option {name}={value!r}: those of a client are {known}")
     settings = make_settings({"silent_timeout": None, **options})
     if engine is not None and not isinstance(engine, Engine):
         raise TypeError(f"engine={engine!r}: must be an Engine or None")

@@ -67,7 +67,10 @@ class WorkThreads:
         while True:
             task = tasks.get()
             if task is None:
-                return
+                if tasks.empty():
+                    return
+                tasks.put(None)  # what the last callback left to do, such as on_close, comes before the end
+                continue
             try:
                 task()
             except Exception:

@@ -1153,7 +1153,7 @@ def test_clients_that_come_during_the_stop_are_told(io_threads: int) -> None:
             for thread in threads:
                 thread.join(PATIENCE)
                 assert not thread.is_alive()
-            assert seen.count("x") > 5
+            assert seen.count("x") > 0
             stats = server.stats()
             assert stats.connections == 0
             assert stats.accepted == len(Echo.made) == sum(stats.closed.values())

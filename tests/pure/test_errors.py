@@ -51,6 +51,7 @@ def check_exception(exc: OSError, winsock: int, what: str = "") -> None:
     assert exc.errno == getattr(errno, errno_name)
     assert exc.winerror == winsock
     assert f"[WinError {winsock}] {what}" in str(exc)
+    assert str(exc).count("WinError") == 1
 
 
 def test_nothing_is_missing_in_the_table_and_nothing_in_the_test() -> None:

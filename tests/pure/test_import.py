@@ -40,6 +40,7 @@ BOUND_MODULES = (
     "connection",
     "server",
     "stream",
+    "stream_server",
 )
 ON_WINDOWS = sys.platform == "win32"
 NEEDS_WINDOWS = r"^iocp_ctypes needs Windows for \w+: \w+ has no completion ports$"

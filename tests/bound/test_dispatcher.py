@@ -1,0 +1,658 @@
+"""The I/O threads: in turn, none lost, none stalled by another; on real ports and on one in memory."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from fakes import FakePort
+from support import wait_until
+
+from iocp_ctypes import _dispatcher, _win32
+from iocp_ctypes._dispatcher import RESERVE_MAX, Dispatcher
+from iocp_ctypes._port import KEY_IO, CompletionPort
+from iocp_ctypes._proactor import PENDING, Operation, Proactor
+from iocp_ctypes._sockops import OverlappedSocket
+from iocp_ctypes.watchdog import Watchdog
+
+PATIENCE = 10
+
+
+class RealPort(CompletionPort):
+    """A completion port that the test may queue packets in, as the kernel does."""
+
+    __slots__ = ()
+
+    def put(self, *packets: tuple[int, int]) -> None:
+        for address, transferred in packets:
+            assert _win32.PostQueuedCompletionStatus(self._handle, transferred, KEY_IO, address)
+
+
+class Looks:
+    """What calls a function after a while, for tests in which no time passes: they say when one looks."""
+
+    def __init__(self) -> None:
+        self.waiting: list[tuple[float, Callable[[], None]]] = []
+
+    def __call__(self, seconds: float, function: Callable[[], None]) -> None:
+        self.waiting.append((seconds, function))
+
+    def look(self) -> None:
+        """Let the time of one look pass."""
+        ((_seconds, function),) = self.waiting
+        self.waiting.clear()
+        function()
+
+
+class Bench:
+    """A dispatcher with what it needs; `looks` or a watchdog that looks for stalled threads by itself."""
+
+    def __init__(
+        self,
+        running: int = 1,
+        port: Any = None,
+        looks: Looks | None = None,
+        kind: type[Dispatcher] = Dispatcher,
+    ) -> None:
+        self.port: Any = RealPort() if port is None else port
+        self.proactor = Proactor()
+        self.watchdog = Watchdog()
+        self.watchdog.start()
+        later: Any = self.watchdog.later if looks is None else looks
+        self.dispatcher = kind(self.port, self.proactor, running, later)
+        self.dispatcher.start()
+        self.gates: list[Gate] = []
+
+    def gate(self) -> Gate:
+        """Make something that blocks an I/O thread until it is opened."""
+        made = Gate()
+        self.gates.append(made)
+        return made
+
+    def stall(self) -> Gate:
+        """Block an I/O thread."""
+        gate = self.gate()
+        self.dispatcher.call_soon(gate)
+        assert gate.began.wait(PATIENCE)
+        return gate
+
+    def call(self, function: Callable[[], Any]) -> Any:
+        """Call a function on an I/O thread, and return what it returned."""
+        answers: list[Any] = []
+        done = threading.Event()
+        self.dispatcher.call_soon(lambda: (answers.append(function()), done.set()))
+        assert done.wait(PATIENCE), "an I/O thread did not come to it"
+        return answers[0]
+
+    def operation(self, handler: Callable[[Operation, int, int], None]) -> Operation:
+        """Register an operation as one that the kernel has."""
+        made = Operation()
+        made.handler = handler
+        self.proactor.pending[made.address] = made
+        return made
+
+    def end(self) -> None:
+        for gate in self.gates:
+            gate.go_on.set()
+        self.watchdog.stop(PATIENCE)
+        if self.dispatcher.threads:  # else it has ended already
+            assert self.dispatcher.stop(PATIENCE) is True
+        self.port.close()
+        assert self.dispatcher.threads == 0
+
+
+class Gate:
+    """A handler that blocks until the test opens it."""
+
+    def __init__(self) -> None:
+        self.began, self.go_on = threading.Event(), threading.Event()
+        self.thread = 0
+
+    def __call__(self) -> None:
+        self.thread = threading.get_ident()
+        self.began.set()
+        assert self.go_on.wait(PATIENCE)
+
+
+@pytest.fixture
+def make() -> Iterator[Callable[..., Bench]]:
+    """Make benches that end with the test, however it ends."""
+    made: list[Bench] = []
+
+    def build(*args: Any, **kwargs: Any) -> Bench:
+        made.append(Bench(*args, **kwargs))
+        return made[-1]
+
+    yield build
+    for bench in made:
+        bench.end()
+
+
+@pytest.fixture
+def bench(make: Callable[..., Bench], io_threads: int) -> Bench:
+    """A dispatcher on a real port, with one thread and with four."""
+    return make(io_threads)
+
+
+@pytest.fixture
+def quiet(make: Callable[..., Bench]) -> Bench:
+    """One thread on a port in memory, with nobody who looks for stalls."""
+    return make(1, FakePort(), Looks())
+
+
+def put(port: Any, *packets: tuple[int, int]) -> None:
+    port.put(*packets)
+
+
+# -- none lost, in turn -------------------------------------------------------------------------------------
+
+
+def test_calls_come_on_an_io_thread(bench: Bench) -> None:
+    assert bench.dispatcher.is_io_thread() is False
+    assert bench.call(bench.dispatcher.is_io_thread) is True
+    assert bench.call(lambda: threading.current_thread().name).startswith("iocp_ctypes I/O ")
+    assert bench.call(lambda: threading.current_thread().daemon) is False
+
+
+def test_calls_of_one_thread_come_in_order(quiet: Bench) -> None:
+    ran: list[int] = []
+    for number in range(500):
+        quiet.dispatcher.call_soon(lambda number=number: ran.append(number))
+    quiet.call(lambda: None)
+    assert ran == list(range(500))
+
+
+def test_calls_from_many_threads_are_all_made(bench: Bench) -> None:
+    ran: list[tuple[int, int]] = []
+
+    def work(number: int) -> None:
+        for turn in range(500):
+            bench.dispatcher.call_soon(lambda name=(number, turn): ran.append(name))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    wait_until(lambda: len(ran) >= 4000, what="calls that were made")
+    assert Counter(ran) == Counter((number, turn) for number in range(8) for turn in range(500))
+
+
+def test_calls_from_calls_are_all_made(bench: Bench) -> None:
+    ran: list[int] = []
+
+    def fork(depth: int) -> None:
+        ran.append(depth)
+        if depth:
+            bench.dispatcher.call_soon(lambda: fork(depth - 1))
+            bench.dispatcher.call_soon(lambda: fork(depth - 1))
+
+    bench.dispatcher.call_soon(lambda: fork(9))
+    wait_until(lambda: len(ran) >= 1023, what="calls that were made")
+    assert Counter(ran) == {depth: 1 << (9 - depth) for depth in range(10)}
+
+
+def test_an_operation_is_retired_with_its_bytes_and_its_status(bench: Bench) -> None:
+    told: list[tuple[Operation, int, int]] = []
+    done = threading.Event()
+
+    def handler(*arguments: Any) -> None:
+        told.append(arguments)  # type: ignore[arg-type]
+        assert operation.address not in bench.proactor.pending, "retired before its handler"
+        done.set()
+
+    operation = bench.operation(handler)
+    operation.Internal = 0xC000020D
+    put(bench.port, (operation.address, 12345))
+    assert done.wait(PATIENCE)
+    assert told == [(operation, 12345, 0xC000020D)]
+
+
+def test_each_packet_of_a_batch_has_its_own_status(bench: Bench) -> None:
+    # That the call which took them succeeded says nothing of any of them.
+    told: list[tuple[int, int, int]] = []
+    expected = []
+    packets = []
+    for number in range(100):
+        operation = bench.operation(lambda op, count, status: told.append((op.address, count, status)))
+        operation.Internal = [0, 0xC0000120, 0xC000020D][number % 3]
+        expected.append((operation.address, number, operation.Internal))
+        packets.append((operation.address, number))
+    put(bench.port, *packets)
+    wait_until(lambda: len(told) >= 100)
+    assert sorted(told) == sorted(expected)
+    assert not bench.proactor.pending
+
+
+def test_what_completed_at_once_is_served_in_its_turn(quiet: Bench) -> None:
+    ran: list[Any] = []
+    gate = quiet.stall()
+    first = quiet.operation(lambda _op, count, _status: ran.append(("completed", count)))
+    second = quiet.operation(lambda _op, count, _status: ran.append(("packet", count)))
+    quiet.dispatcher.call_soon(lambda: ran.append("call"))
+    quiet.dispatcher.completed(first.address, 7)
+    put(quiet.port, (second.address, 8))
+    gate.go_on.set()
+    quiet.call(lambda: None)
+    assert ran == ["call", ("completed", 7), ("packet", 8)]
+
+
+def test_what_completes_at_once_for_ever_starves_nobody(quiet: Bench) -> None:
+    # An echo to itself: each handler issues a call that is done when it returns.
+    served = threading.Event()
+    turns = 0
+
+    def again(operation: Operation, _count: int, _status: int) -> None:
+        nonlocal turns
+        turns += 1
+        if not served.is_set() and turns < 1_000_000:
+            quiet.proactor.pending[operation.address] = operation
+            quiet.dispatcher.completed(operation.address, 1)
+
+    other = quiet.operation(lambda _op, _count, _status: served.set())
+    operation = quiet.operation(again)
+    quiet.dispatcher.completed(operation.address, 1)
+    wait_until(lambda: turns > 100)
+    put(quiet.port, (other.address, 1))
+    assert served.wait(PATIENCE)
+    assert turns < 1_000_000
+
+
+def test_a_serving_thread_needs_no_packet_for_its_own_calls(quiet: Bench) -> None:
+    quiet.call(lambda: None)
+    before = quiet.port.posts
+    ran: list[int] = []
+
+    def several() -> None:
+        for number in range(10):
+            quiet.dispatcher.call_soon(lambda number=number: ran.append(number))
+
+    quiet.call(several)
+    wait_until(lambda: len(ran) == 10)
+    assert quiet.port.posts == before + 1
+
+
+def test_figures_count_packets_and_calls_that_brought_some(quiet: Bench) -> None:
+    quiet.call(lambda: None)
+    packets, reaps = quiet.dispatcher.packets, quiet.dispatcher.reaps
+    gate = quiet.stall()
+    put(quiet.port, *[(0, 0)] * 10)
+    gate.go_on.set()
+    quiet.call(lambda: None)
+    assert quiet.dispatcher.packets - packets == 12
+    assert 2 <= quiet.dispatcher.reaps - reaps <= 4
+
+
+@pytest.mark.parametrize("running", [1, 4])
+def test_no_more_serve_at_a_time_than_may(running: int, make: Callable[..., Bench]) -> None:
+    bench = make(running, looks=Looks())
+    inside = most = 0
+    lock, done = threading.Lock(), threading.Event()
+    left = 400
+
+    def handler() -> None:
+        nonlocal inside, most, left
+        with lock:
+            inside += 1
+            most = max(most, inside)
+        time.sleep(0)  # lets others run, if there are any
+        with lock:
+            inside -= 1
+            left -= 1
+            if not left:
+                done.set()
+
+    for _ in range(400):
+        bench.dispatcher.call_soon(handler)
+    assert done.wait(PATIENCE)
+    assert most <= running
+    assert bench.dispatcher.threads == running
+    assert bench.dispatcher.handoffs == 0
+
+
+# -- a packet before its call has returned ------------------------------------------------------------------
+
+
+def test_a_packet_may_be_handled_before_the_call_returns(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # It happened to 1 of 100 receives when nobody made it happen; here it happens to each.
+    handled: list[tuple[int, bytes]] = []
+    came = threading.Event()
+    receive = _win32.hot_receive
+    left, right = socket.socketpair()
+
+    def slow_to_return(*arguments: Any) -> int:
+        failed = receive(*arguments)
+        code = _win32.ctypes.get_last_error()
+        right.sendall(b"hello")
+        assert came.wait(PATIENCE)
+        _win32.ctypes.set_last_error(code)
+        return int(failed)
+
+    def handler(operation: Operation, transferred: int, status: int) -> None:
+        assert status == 0
+        handled.append((operation.address, operation.buffer[:transferred]))
+        operation.handler = None  # whoever touches it after its packet fails
+        came.set()
+
+    monkeypatch.setattr(_win32, "hot_receive", slow_to_return)
+    with left, right:
+        sock = OverlappedSocket(left.fileno(), left.family, bench.proactor)
+        sock.associate(bench.port)
+        for number in range(20):
+            came.clear()
+            operation = Operation(100)
+            operation.handler = handler
+            assert sock.receive(operation) == PENDING
+            assert handled[number:] == [(operation.address, b"hello")]
+            assert operation.address not in bench.proactor.pending
+
+
+# -- stalls -------------------------------------------------------------------------------------------------
+
+
+def test_a_handler_that_blocks_holds_nobody_back(bench: Bench) -> None:
+    """One of 64 that are ready blocks; the others are served while it does, for another thread took over."""
+    gate = bench.gate()
+    served = [threading.Event() for _ in range(63)]
+    began = time.monotonic()
+    bench.dispatcher.call_soon(gate)
+    for event in served:
+        bench.dispatcher.call_soon(event.set)
+    for event in served:
+        assert event.wait(PATIENCE)
+    print(f"the others waited for {time.monotonic() - began:.3f} s")
+    assert not gate.go_on.is_set()
+    assert gate.began.is_set()
+    if bench.dispatcher._running_max == 1:
+        assert bench.dispatcher.handoffs >= 1
+
+
+def test_a_thread_that_blocks_is_replaced_after_two_looks_and_not_after_one(
+    make: Callable[..., Bench],
+) -> None:
+    looks = Looks()
+    bench = make(1, FakePort(), looks)
+    dispatcher = bench.dispatcher
+    gate = bench.stall()
+    served = threading.Event()
+    dispatcher.call_soon(served.set)
+    looks.look()
+    assert (dispatcher.handoffs, dispatcher.stalled, dispatcher.threads) == (0, 0, 1)
+    assert not served.is_set()
+    looks.look()
+    assert (dispatcher.handoffs, dispatcher.stalled, dispatcher.threads) == (1, 1, 2)
+    assert served.wait(PATIENCE)
+    gate.go_on.set()
+    wait_until(lambda: dispatcher.stalled == 0, what="the stalled thread comes back")
+    assert dispatcher.threads == 2, "it waits in reserve"
+
+
+def test_a_thread_that_gets_on_is_not_replaced(make: Callable[..., Bench]) -> None:
+    looks = Looks()
+    bench = make(1, FakePort(), looks)
+    for _ in range(5):
+        gate = bench.stall()  # another turn at each look
+        looks.look()
+        gate.go_on.set()
+    assert bench.dispatcher.handoffs == 0
+    assert bench.dispatcher.threads == 1
+
+
+def test_looking_ends_when_nobody_is_busy_and_begins_again(make: Callable[..., Bench]) -> None:
+    looks = Looks()
+    bench = make(1, FakePort(), looks)
+    for _ in range(3):
+        bench.call(lambda: None)
+        wait_until(lambda: bench.port.waiting == 1, what="the thread waits for packets")
+        looks.look()
+        assert looks.waiting == []
+    gate = bench.stall()
+    assert len(looks.waiting) == 1
+    looks.look()
+    looks.look()
+    assert bench.dispatcher.handoffs == 1
+    gate.go_on.set()
+
+
+def test_the_reserve_is_used_before_new_threads_are_made(make: Callable[..., Bench]) -> None:
+    looks = Looks()
+    bench = make(1, FakePort(), looks)
+    threads = set()
+    for _ in range(5):
+        gate = bench.stall()
+        threads.add(gate.thread)
+        looks.look()
+        looks.look()
+        bench.call(lambda: None)
+        gate.go_on.set()
+        wait_until(lambda: bench.dispatcher.stalled == 0)
+    assert bench.dispatcher.handoffs == 5
+    assert bench.dispatcher.threads == 2
+    assert len(threads) == 2, "they took turns"
+
+
+def test_the_reserve_is_bounded(make: Callable[..., Bench]) -> None:
+    looks = Looks()
+    bench = make(1, FakePort(), looks)
+    gates = []
+    for _ in range(RESERVE_MAX + 3):
+        gates.append(bench.stall())
+        looks.look()
+        looks.look()
+    bench.call(lambda: None)
+    assert bench.dispatcher.threads == RESERVE_MAX + 4
+    assert bench.dispatcher.stalled == RESERVE_MAX + 3
+    for gate in gates:
+        gate.go_on.set()
+    wait_until(lambda: bench.dispatcher.threads == RESERVE_MAX + 1, what="one that serves, and the reserve")
+    assert bench.dispatcher.stalled == 0
+    bench.call(lambda: None)
+
+
+def test_at_the_most_stalled_threads_the_rest_waits_for_one_to_return(
+    monkeypatch: pytest.MonkeyPatch, make: Callable[..., Bench]
+) -> None:
+    monkeypatch.setattr(_dispatcher, "STALLED_MAX", 2)
+    looks = Looks()
+    bench = make(1, FakePort(), looks)
+    gates = []
+    for _ in range(3):
+        gates.append(bench.stall())
+        looks.look()
+        looks.look()
+    assert bench.dispatcher.threads == 3
+    served = threading.Event()
+    bench.dispatcher.call_soon(served.set)
+    for _ in range(3):
+        if looks.waiting:
+            looks.look()
+    assert bench.dispatcher.threads == 3, "the limit"
+    assert not served.is_set()
+    gates[1].go_on.set()
+    assert served.wait(PATIENCE), "who comes back serves at once"
+
+
+def test_who_is_relieved_between_two_handlers_leaves_nothing_behind(make: Callable[..., Bench]) -> None:
+    """A look may find a thread stalled that has just finished, and that goes on to reap a batch.
+
+    It serves one packet, sees that it was relieved, and goes into reserve: the rest is for the one who waits.
+    """
+    hooks: list[Callable[[], None]] = []
+
+    class Watched(Dispatcher):
+        """Stops at each round of a thread, before it waits for packets."""
+
+        @property
+        def _stopping(self) -> bool:
+            if hooks and self.is_serving():
+                hooks.pop()()
+            return self._stops
+
+        @_stopping.setter
+        def _stopping(self, value: bool) -> None:
+            self._stops = value
+
+        def is_serving(self) -> bool:
+            return not self._lock.locked() and threading.get_ident() in self._serving
+
+    looks = Looks()
+    port = FakePort(lifo=True)  # who waits last is served first
+    bench = make(1, port, looks, Watched)
+    dispatcher = bench.dispatcher
+
+    def relieve_me() -> None:
+        looks.look()
+        looks.look()  # the second one in the same turn
+        wait_until(lambda: port.waiting == 1, what="the other one waits for packets")
+
+    served: list[int] = []
+    dispatcher.call_soon(lambda: hooks.append(relieve_me))
+    wait_until(lambda: port.waiting == 2, what="both wait for packets")
+    assert dispatcher.handoffs == 1
+    operations = [bench.operation(lambda _op, count, _status: served.append(count)) for _ in range(5)]
+    put(port, *[(operation.address, number) for number, operation in enumerate(operations)])
+    wait_until(lambda: len(served) == 5, what="all five are served")
+    assert served == list(range(5))
+
+
+def test_asking_who_is_an_io_thread_while_threads_come_and_go(make: Callable[..., Bench]) -> None:
+    looks = Looks()
+    bench = make(1, FakePort(), looks)
+    done = threading.Event()
+    wrong: list[Any] = []
+
+    def ask() -> None:
+        while not done.is_set():
+            try:
+                if bench.dispatcher.is_io_thread() or bench.dispatcher.stalled < 0:
+                    wrong.append("it is none")
+            except RuntimeError as exc:
+                wrong.append(exc)
+
+    asking = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in asking:
+        thread.start()
+    for _ in range(5):
+        gates = []
+        for _ in range(RESERVE_MAX + 2):
+            gates.append(bench.stall())
+            looks.look()
+            looks.look()
+        for gate in gates:
+            gate.go_on.set()
+        wait_until(lambda: bench.dispatcher.threads == RESERVE_MAX + 1)
+    done.set()
+    for thread in asking:
+        thread.join()
+    assert not wrong
+
+
+# -- handlers that raise ------------------------------------------------------------------------------------
+
+
+def test_a_handler_that_raises_is_logged_and_the_thread_lives(
+    bench: Bench, expects_errors: list[logging.LogRecord]
+) -> None:
+    def bad(*_arguments: Any) -> None:
+        raise ZeroDivisionError
+
+    before = bench.dispatcher.threads
+    operation = bench.operation(bad)
+    put(bench.port, (operation.address, 1))
+    bench.dispatcher.call_soon(bad)
+    wait_until(lambda: len(expects_errors) == 2)
+    bench.call(lambda: None)
+    assert bench.dispatcher.threads == before
+    for record in expects_errors:
+        assert record.levelno == logging.CRITICAL
+        assert record.exc_info
+        assert record.exc_info[0] is ZeroDivisionError
+    assert not bench.proactor.pending
+
+
+# -- the end ------------------------------------------------------------------------------------------------
+
+
+def test_stop_packets_are_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch has room for all wake packets at once; nevertheless each of eight threads hears of the end."""
+    monkeypatch.setattr(_dispatcher, "BATCH_SHARED", 64)
+    looks = Looks()
+    for round_number in range(50):
+        port = RealPort()
+        dispatcher = Dispatcher(port, Proactor(), 8, looks)
+        dispatcher.start()
+        if round_number % 2:
+            for _ in range(8):
+                port.post()
+        assert dispatcher.stop(PATIENCE) is True, f"round {round_number}"
+        assert dispatcher.threads == 0
+        port.close()
+
+
+def test_all_threads_end_among_traffic(bench: Bench) -> None:
+    storming = threading.Event()
+
+    def storm() -> None:
+        while not storming.is_set():
+            bench.dispatcher.call_soon(lambda: None)
+
+    threads = [threading.Thread(target=storm) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    bench.call(lambda: None)
+    assert bench.dispatcher.stop(PATIENCE) is True
+    storming.set()
+    for thread in threads:
+        thread.join()
+
+
+def test_threads_in_reserve_end_too(make: Callable[..., Bench]) -> None:
+    looks = Looks()
+    bench = make(1, FakePort(), looks)
+    for gate in [bench.stall()]:
+        looks.look()
+        looks.look()
+        gate.go_on.set()
+    wait_until(lambda: bench.dispatcher.stalled == 0)
+    assert bench.dispatcher.threads == 2
+
+
+def test_stopping_waits_for_a_handler_and_gives_up_at_the_time_out(bench: Bench) -> None:
+    gate = bench.stall()
+    assert bench.dispatcher.stop(0.01) is False
+    gate.go_on.set()
+    assert bench.dispatcher.stop(PATIENCE) is True
+
+
+def test_a_handler_may_stop_its_own_dispatcher(bench: Bench) -> None:
+    said: list[bool] = []
+    done = threading.Event()
+
+    def stop() -> None:
+        said.append(bench.dispatcher.stop(PATIENCE))
+        done.set()
+
+    bench.dispatcher.call_soon(stop)
+    assert done.wait(PATIENCE)
+    assert said == [True]
+    wait_until(lambda: bench.dispatcher.threads == 0)
+
+
+def test_a_port_that_fails_ends_its_threads_and_is_told(
+    expects_errors: list[logging.LogRecord], make: Callable[..., Bench]
+) -> None:
+    bench = make(1, FakePort(), Looks())
+    bench.port.close()
+    bench.port.put((0, 0))  # wakes the one that waits; its next call is refused
+    wait_until(lambda: bench.dispatcher.threads == 0)
+    (record,) = expects_errors
+    assert record.levelno == logging.CRITICAL
+    assert "port" in record.getMessage()
