@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import ctypes
 import socket
-from ctypes import addressof, byref, c_int, c_void_p, get_last_error, sizeof, string_at
+from ctypes import addressof, byref, c_int, c_void_p, sizeof, string_at
 from typing import Any, Final
 
 from . import _win32
@@ -26,6 +26,7 @@ from ._errors import error_from_code, winsock_code
 from ._options import KeepAlive
 from ._port import CompletionPort
 from ._proactor import COMPLETED, PENDING, Handler, Operation, Proactor
+from ._win32 import get_last_error
 
 #: What `connect_time` says of a socket that no peer has connected to.
 NOT_CONNECTED: Final = _win32.CONNECT_TIME_NOT_CONNECTED
@@ -69,7 +70,7 @@ def _extension(handle: int, family: int, name: str) -> Any:
             None,
             None,
         ):
-            raise error_from_code(ctypes.get_last_error(), f"the provider has no {name}")
+            raise error_from_code(get_last_error(), f"the provider has no {name}")
         function = _extensions[family, name] = prototype(pointer.value or 0)
     return function
 
@@ -148,7 +149,7 @@ class OverlappedSocket:
             None,
             None,
         ):
-            raise error_from_code(ctypes.get_last_error(), "SIO_KEEPALIVE_VALS")
+            raise error_from_code(get_last_error(), "SIO_KEEPALIVE_VALS")
 
     def reset_on_close(self) -> None:
         """Make `close` send RST instead of FIN."""
@@ -167,7 +168,7 @@ class OverlappedSocket:
 
     def _set(self, level: int, name: int, value: Any, what: str) -> None:
         if _win32.setsockopt(self._handle, level, name, byref(value), sizeof(value)):
-            raise error_from_code(ctypes.get_last_error(), what)
+            raise error_from_code(get_last_error(), what)
 
     # -- the hot calls --------------------------------------------------------------------------------------
 
@@ -320,7 +321,7 @@ class ListeningSocket:
             _win32.WSA_FLAG_OVERLAPPED | _win32.WSA_FLAG_NO_HANDLE_INHERIT,
         )
         if handle == _win32.INVALID_SOCKET:
-            return None, ctypes.get_last_error()
+            return None, get_last_error()
         accepted = OverlappedSocket(handle, self.family, self._proactor)
         operation = AcceptOperation(accepted, data_size, home)
         operation.handler = handler

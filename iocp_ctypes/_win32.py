@@ -184,6 +184,7 @@ def handle_argument(handle: int) -> Any:
 if sys.platform == "win32":
     from _ctypes import FUNCFLAG_PYTHONAPI, FUNCFLAG_STDCALL
     from ctypes import WINFUNCTYPE, WinDLL
+    from ctypes import get_last_error as get_last_error  # for who calls: elsewhere ctypes has none
 
     _kernel32 = WinDLL("kernel32", use_last_error=True)
     _ws2_32 = WinDLL("ws2_32", use_last_error=True)

@@ -26,6 +26,8 @@ class WorkThreads:
     def __init__(self, count: int) -> None:
         """Make `count` threads; they start with `start`."""
         self._queues: list[queue.SimpleQueue[_Task | None]] = [queue.SimpleQueue() for _ in range(count)]
+        self._lock = threading.Lock()
+        self._stopping = False
         self._threads = [
             threading.Thread(target=self._run, args=(tasks,), name=f"iocp_ctypes work {number}", daemon=False)
             for number, tasks in enumerate(self._queues, 1)
@@ -53,8 +55,11 @@ class WorkThreads:
 
         Returns whether all have ended.
         """
-        for tasks in self._queues:
-            tasks.put(None)
+        with self._lock:
+            first, self._stopping = not self._stopping, True
+        if first:  # a second None would keep a thread from ever finding its queue empty
+            for tasks in self._queues:
+                tasks.put(None)
         deadline = time.monotonic() + timeout
         others = [thread for thread in self._threads if thread is not threading.current_thread()]
         for thread in others:
@@ -64,12 +69,12 @@ class WorkThreads:
 
     @staticmethod
     def _run(tasks: queue.SimpleQueue[_Task | None]) -> None:
-        while True:
+        stopping = False
+        # What the last callback leaves to do, such as on_close, comes before the end.
+        while not (stopping and tasks.empty()):
             task = tasks.get()
             if task is None:
-                if tasks.empty():
-                    return
-                tasks.put(None)  # what the last callback left to do, such as on_close, comes before the end
+                stopping = True
                 continue
             try:
                 task()

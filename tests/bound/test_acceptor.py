@@ -402,6 +402,7 @@ def test_peers_that_reset_do_not_end_accepting(
         connection.check()
 
 
+@pytest.mark.wine_differs("reset-in-queue")
 def test_peers_that_reset_while_they_queue_do_not_end_accepting() -> None:
     """They are gone before an AcceptEx is there for them: its completion, or the update after it, fails."""
     with serving(Echo, backlog=4) as server:
@@ -659,6 +660,7 @@ def test_peers_that_are_silent_after_the_accept_are_reaped() -> None:
         assert server.stats().closed["silent"] == 1
 
 
+@pytest.mark.wine_differs("full-queue")
 def test_three_hundred_clients_at_once_and_a_pool_of_64() -> None:
     with serving(Echo, backlog=64, listen_backlog=400) as server:
         clients = [socket.socket() for _ in range(300)]

@@ -49,7 +49,7 @@ def test_what_was_sent_before_the_end_arrives_whole(io_threads: int, cut_off: st
             if cut_off == "close_in_callback":
                 self.close()
 
-    with serving(Giving, io_threads=io_threads) as server, raw(server.address) as client:
+    with serving(Giving, io_threads=io_threads, linger_timeout=60) as server, raw(server.address) as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16 * 1024)
         client.sendall(b"x")
         (connection,) = made(Giving)
@@ -65,16 +65,17 @@ def test_what_was_sent_before_the_end_arrives_whole(io_threads: int, cut_off: st
 
 
 def test_an_answer_arrives_although_the_question_was_not_read_to_its_end() -> None:
-    """Unread bytes in a closed socket become a reset, which would take the answer with it."""
+    """The client reads when it has sent all: what it sends is taken, and not read by nobody, which would
+    make a reset of the end."""
 
     class Refusing(Recorder):
         def got(self, data: bytes) -> None:
             self.send(b"too much" * 100)
             self.close()
 
-    with serving(Refusing) as server, raw(server.address) as client:
-        with beside(lambda: client.sendall(bytes(1_000_000))):
-            assert read_all(client) == b"too much" * 100
+    with serving(Refusing, linger_timeout=60) as server, raw(server.address) as client:
+        client.sendall(MUCH)
+        assert read_all(client) == b"too much" * 100
         client.close()
         (connection,) = made(Refusing)
         assert connection.until("close").value is None
@@ -120,6 +121,7 @@ ENDINGS: dict[str, Callable[[Any], object]] = {
 }
 
 
+@pytest.mark.wine_differs("local-close")
 @pytest.mark.parametrize("pending", ["a receive", "a receive and sends"])
 @pytest.mark.parametrize("how", ENDINGS)
 def test_what_we_end_is_no_error(how: str, pending: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -295,9 +297,8 @@ def test_on_close_is_the_last_even_where_it_overtakes(what: str) -> None:
             with contextlib.suppress(OSError):
                 read_exactly(client, len(MUCH))
         connection.until("close")
-        wait_until(lambda: not server.stats().connections)
-        assert intruder._moment is None
-        assert connection.names == ["connect", "close"]
+    assert intruder._moment is None
+    assert connection.names == ["connect", "close"]  # now that all threads have ended
 
 
 # -- handles and memory -------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ def run(program: str, *options: str) -> tuple[int, list[str], str]:
 
 INTERRUPTED = """
     took = []
-    for _ in range(3):
+    while len(took) < 8 and min(took, default=1) >= 0.5:  # a busy machine may need more than one
         server = Server(("127.0.0.1", 0), Echo{options})
         server.start()
         clients = [client(server) for _ in range({clients})]
@@ -74,19 +74,21 @@ INTERRUPTED = """
         assert not server.connections
         for sock in clients:
             sock.close()
+    print(took)
     print(min(took))
     print([thread.name for thread in threading.enumerate()])
 """
 
 
+@pytest.mark.wine_differs("ctrl-c")
 @pytest.mark.parametrize(
     ("options", "clients"), [("", 0), ("", 20), (", io_threads=4", 20), (", work_threads=2", 20)]
 )
 def test_ctrl_c_ends_serve_forever_at_once_and_cleanly(options: str, clients: int) -> None:
     code, lines, errors = run(INTERRUPTED.format(clients=clients, options=options))
     assert (code, errors) == (0, "")
-    took, threads = lines
-    assert float(took) < 0.5
+    tries, took, threads = lines
+    assert float(took) < 0.5, tries
     assert threads == "['MainThread']"
 
 
@@ -316,12 +318,9 @@ def test_children_inherit_neither_port_nor_connections() -> None:
         echoes(client)
         child = inherits()
         try:
-            assert child.poll() is None
             (connection,) = made(Echo)
-            connection.close()
-            assert ended(client) == "eof"
-            client.close()
-            connection.until("close")
+            connection.abort()
+            assert ended(client) == "reset"  # which comes when the last handle is closed
             server.server_close()
             wait_until(lambda: not listening(server.address))
             assert child.poll() is None
