@@ -299,6 +299,7 @@ class Channel(Lifetime):
             operation.load(data)
             code = self._socket.send(operation, self._sent)
             if code == COMPLETED and operation.InternalHigh == length:
+                flow.newest = None
                 if length <= KEPT_DATA_MAX:
                     operation.handler = operation.keep = None
                     sends.append(operation)
@@ -306,6 +307,8 @@ class Channel(Lifetime):
                 self.last_activity = monotonic()
                 return not flow.above
             self._issued(operation, code, [Piece(data, 0, length)])
+            if flow.queued:  # it took only a part
+                self._flush()
             return flow.mark(settings.high_mark)
 
     def _send_queued(self, buffers: Sequence[bytes]) -> bool:
@@ -354,6 +357,7 @@ class Channel(Lifetime):
         if code == PENDING:
             flow.sends += 1
             flow.in_flight += operation.length
+            flow.newest = operation
             if ENDING_THREADS_DROP and not self._home.engine.dispatcher.is_serving():
                 flow.alone = (
                     operation  # it may have to be issued again, and then nothing may have gone before it
@@ -362,31 +366,18 @@ class Channel(Lifetime):
         length, sent = operation.length, int(operation.InternalHigh)
         self._home.engine.proactor.give_send(operation)
         if code == COMPLETED:
+            flow.newest = None
             self.bytes_sent += sent
-            if sent == length:
-                return True
-            return self._short(pieces, sent)
+            self.last_activity = monotonic()
+            if sent != length:
+                flow.push_front(pieces, sent)
+            return True
         if code in RESOURCE_CODES:
             flow.push_front(pieces)
             self._retry_later()
         else:
             self._fail(reason_of(code), error_from_code(code))
         return False
-
-    def _short(self, pieces: list[Piece], sent: int) -> bool:
-        """A send took only a part.
-
-        Send the rest first, or give up where later bytes are under way already.
-        """
-        if self._flow.sends:
-            self._fail(
-                CloseReason.ABORTED,
-                OSError(errno.EIO, "a send was cut short with others behind it"),
-                reset=True,
-            )
-            return False
-        self._flow.push_front(pieces, sent)
-        return True
 
     def _sent(self, operation: Operation, transferred: int, status: int) -> None:
         """Retire a send. On an I/O thread."""
@@ -395,8 +386,10 @@ class Channel(Lifetime):
             flow = self._flow
             flow.sends -= 1
             flow.in_flight -= length
-            alone = flow.alone is operation
-            if alone:
+            newest = flow.newest is operation
+            if newest:
+                flow.newest = None
+            if flow.alone is operation:
                 flow.alone = None
             self._home.engine.proactor.give_send(operation)
             if self._state >= life.JOINING:
@@ -406,19 +399,25 @@ class Channel(Lifetime):
             self.last_activity = monotonic()
             if transferred != length or status:
                 pieces = kept if isinstance(kept, list) else [Piece(kept, 0, length)]
-                code = error_code(status) if status and status != STATUS_PENDING else 0
-                if alone and not code:
-                    flow.push_front(pieces, transferred)
-                elif not code or code in RESOURCE_CODES:
-                    if self._short(pieces, transferred) and code:
-                        self._retry_later()
-                else:
-                    self._fail(reason_of(code), error_from_code(code))
+                self._cut_short(pieces, transferred, status, newest)
             self._flush()
             relieved = self._state == life.OPEN and flow.relieved(self._settings.low_mark)
             self._advance()
         if relieved:
             self._run(self._deliver_drain)
+
+    def _cut_short(self, pieces: list[Piece], transferred: int, status: int, newest: bool) -> None:
+        """A send took only a part: send the rest next, unless later bytes have gone. Needs the lock."""
+        code = error_code(status) if status and status != STATUS_PENDING else 0
+        if code and code not in RESOURCE_CODES:
+            self._fail(reason_of(code), error_from_code(code))
+        elif not newest:
+            text = "a send was cut short with others behind it"
+            self._fail(CloseReason.ABORTED, OSError(errno.EIO, text), reset=True)
+        else:
+            self._flow.push_front(pieces, transferred)
+            if code:
+                self._retry_later()
 
     def _deliver_drain(self) -> None:
         """Tell on_drain, unless the connection ended meanwhile. On the strand."""

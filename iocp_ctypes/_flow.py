@@ -32,7 +32,7 @@ SEND_GATHER_MAX: Final = 64
 class WriteFlow:
     """The bytes between `send` and the kernel."""
 
-    __slots__ = ("above", "alone", "in_flight", "pieces", "queued", "sends")
+    __slots__ = ("above", "alone", "in_flight", "newest", "pieces", "queued", "sends")
 
     def __init__(self) -> None:
         self.pieces: deque[Piece] | None = None  # made when first needed: most connections never queue
@@ -40,6 +40,7 @@ class WriteFlow:
         self.in_flight = 0  # bytes of sends that the kernel has
         self.sends = 0  # how many sends the kernel has
         self.above = False
+        self.newest: object = None  # the send in flight after which no byte has been sent
         self.alone: object = None  # the send in flight after which none may be issued before it is done
 
     @property

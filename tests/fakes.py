@@ -111,7 +111,7 @@ class FakeDispatcher:
         self.ready: deque[tuple[Any, int]] = deque()
         self.served = 0
         self._proactor = proactor
-        self._serving: int | None = None
+        self._mine = threading.local()
 
     def call_soon(self, function: Callable[[], None]) -> None:
         self.ready.append((function, 0))
@@ -120,7 +120,10 @@ class FakeDispatcher:
         self.ready.append((address, transferred))
 
     def is_io_thread(self) -> bool:
-        return self._serving == threading.get_ident()
+        return getattr(self._mine, "serving", False)
+
+    def is_serving(self) -> bool:
+        return self.is_io_thread()
 
     def run(self, most: int = 1 << 30) -> int:
         """Serve what is ready and what becomes ready by it; return how much that was."""
@@ -132,14 +135,14 @@ class FakeDispatcher:
 
     def serve(self, what: Any, transferred: int) -> None:
         """Do what an I/O thread does with one thing that is ready."""
-        before, self._serving = self._serving, threading.get_ident()
+        self._mine.serving = True
         self.served += 1
         operation = self._proactor.pending.pop(what, None)
         if operation is not None:
             operation.handler(operation, transferred, operation.Internal)  # type: ignore[misc]
         elif what:
             what()
-        self._serving = before
+        self._mine.serving = False
 
     def serve_elsewhere(self, what: Any, transferred: int) -> threading.Thread:
         """Do it on another thread, which is returned."""
@@ -260,6 +263,8 @@ class FakeSocket:
         self.cancel_status = STATUS_CANCELLED
         self.cancels_at_once = True  # else the packets of a cancel come with `finish_cancel`
         self.closed = False
+        self.torn_at: int | None = None  # so many bytes of `sent` are in order: after them a part is missing
+        self._cut: tuple[Operation, int] | None = None  # the newest send that was cut short, and where
         self.threads: list[threading.Thread] = []
         self._engine = engine
         self._pending = engine.proactor.pending
@@ -305,17 +310,24 @@ class FakeSocket:
 
     def send(self, operation: Operation, handler: Any, vector: Any = None, count: int = 1) -> int:
         assert not self.closed, "a send on a closed socket"
+        cut_before = self._cut is not None and self._pending.get(self._cut[0].address) is self._cut[0]
         operation.handler = handler
         self._register(operation)
         data = self._read(operation, vector is not None, count)
         self.lengths.append(operation.length)
         behaviour = self.plan_sends.popleft() if self.plan_sends else Hold()
+        if self._cut and not isinstance(behaviour, Fail):
+            if cut_before and self.torn_at is None:  # its packet has not been seen yet
+                self.torn_at = self._cut[1]
+            self._cut = None
+        if self.sends and not isinstance(behaviour, Fail):
+            behaviour = Hold()  # bytes go out in the order of the calls: nothing overtakes what is held
         if isinstance(behaviour, Fail):
             del self._pending[operation.address]
             return behaviour.code
         if isinstance(behaviour, AtOnce):
             transferred = operation.length if behaviour.part is None else behaviour.part
-            operation.InternalHigh = transferred
+            operation.Internal, operation.InternalHigh = STATUS_SUCCESS, transferred
             self.sent += data[:transferred]
             if self.skips:
                 del self._pending[operation.address]
@@ -347,9 +359,12 @@ class FakeSocket:
         self.plan_sends.extend(sends)
         self.plan_receives.extend(receives)
 
-    def deliver(self, data: bytes) -> None:
-        """The peer sends bytes; b"" is its EOF. They go to the receive that is posted, or wait for one."""
-        self.incoming.append(data)
+    def deliver(self, *chunks: bytes) -> None:
+        """The peer sends bytes; b"" is its EOF.
+
+        The receive that is posted gets the first, if there is one; the others wait for receives.
+        """
+        self.incoming.extend(chunks)
         if self.receives:
             self._finish_receive(self.receives[0], STATUS_SUCCESS)
 
@@ -368,6 +383,10 @@ class FakeSocket:
         operation, data = self.sends.pop(index)
         transferred = operation.length if part is None else part
         self.sent += data[:transferred]
+        if transferred < operation.length:
+            self._cut = operation, len(self.sent)
+            if self.torn_at is None and self.sends[index:] and index >= 0:
+                self.torn_at = len(self.sent)
         return self._retire(operation, transferred, status, elsewhere)
 
     def finish_cancel(self) -> None:
