@@ -29,6 +29,7 @@ from iocp_ctypes import (
     ConnectionClosedError,
     IncompleteReadError,
     Stream,
+    _channel,
     open_stream,
 )
 from iocp_ctypes import stream as stream_module
@@ -217,7 +218,7 @@ def test_a_second_reader_is_told_so() -> None:
 
 
 def test_what_is_not_read_stays_with_the_peer() -> None:
-    most = stream_module.READ_AHEAD_MAX + (1 << 14)
+    most = stream_module.READ_AHEAD_MAX + _channel.BULK_RECEIVE
     with pair() as (stream, peer):
         peer.settimeout(1)
         sent = 0
