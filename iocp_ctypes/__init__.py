@@ -26,7 +26,8 @@ if TYPE_CHECKING or sys.platform == "win32":
     from .connection import Connection
     from .engine import Engine
     from .server import Server
-    from .stream import IncompleteReadError, Stream, StreamServer, open_stream
+    from .stream import IncompleteReadError, Stream, open_stream
+    from .stream_server import StreamServer
 
 __version__ = "0.1.0"
 

@@ -1,4 +1,4 @@
-"""L7: Stream, the blocking way to use a connection: read and write from any thread, with timeouts.
+"""L6: Stream, the blocking way to use a connection: read and write from any thread, with timeouts.
 
 Laws
 1. One thread reads at a time, a second one is told so. Any number may write: the bytes of one `write` stay
@@ -8,16 +8,13 @@ Laws
 3. A time-out loses nothing: what came is left to be read, and a `write` that timed out has sent nothing.
 4. Waiting is done in slices, because on Windows Ctrl-C does not end a wait.
 5. `changed` is taken before the connection's lock; callbacks take it while they hold none.
-It stands on top of client.py and server.py; nothing below knows of it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import logging
 import threading
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterator
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
@@ -29,12 +26,11 @@ from ._errors import ConnectionClosedError
 from ._options import KIB, Settings, check_count, check_timeout
 from .client import connect
 from .connection import Connection
-from .server import Server
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from ._options import ClientOptions, ServerOptions
+    from ._options import ClientOptions
     from .engine import Engine
 
 #: Bytes kept for a reader that is behind.
@@ -43,16 +39,12 @@ READ_AHEAD_MAX: Final = 256 * KIB
 UNTIL_MAX: Final = 64 * KIB
 #: Seconds of one slice of waiting.
 SLICE: Final = 0.25
-#: Threads of a StreamServer: each serves one connection at a time and mostly waits.
-THREADS: Final = 64
 #: A read of everything: more than there is.
 _ALL: Final = 1 << 62
 #: A stream's writers wait at the high mark, so nothing overflows.
 _NO_OVERFLOW: Final = 1 << 40
 
 _UNSET: Final[Any] = object()
-
-log = logging.getLogger("iocp_ctypes")
 
 
 class IncompleteReadError(EOFError):
@@ -68,10 +60,11 @@ class IncompleteReadError(EOFError):
         self.partial = partial
 
 
-class _Feed(Connection):
+class Feed(Connection):
     """The connection under a stream: keeps what comes and wakes who waits. `changed` guards its fields."""
 
     def __init__(self, server: Any = None, peer_address: Address | None = None) -> None:
+        """As any connection."""
         super().__init__(server, peer_address)
         self.changed = threading.Condition()
         self.buffer = bytearray()
@@ -81,13 +74,14 @@ class _Feed(Connection):
         self.ended = False  # the peer's EOF came
         self.over = False  # on_close was called
         self.error: OSError | None = None  # what it was called with
-        self.begin: Callable[[_Feed], None] | None = None  # called by on_connect
+        self.begin: Callable[[Feed], None] | None = None  # called by on_connect
 
     def _attach(self, server: Any, home: Any, sock: Any, settings: Settings, peer: Address) -> None:
         settings = dataclasses.replace(settings, write_buffer_max=_NO_OVERFLOW)
         super()._attach(server, home, sock, settings, peer)
 
     def on_connect(self) -> None:
+        """Wake who waits for it; begin what a StreamServer does with it."""
         with self.changed:
             self.connected = True
             self.changed.notify_all()
@@ -95,6 +89,7 @@ class _Feed(Connection):
             self.begin(self)
 
     def on_data(self, data: bytes) -> None:
+        """Keep what came, and read no further where that is enough."""
         with self.changed:
             self.buffer += data
             if len(self.buffer) >= self.ahead_max:
@@ -103,16 +98,19 @@ class _Feed(Connection):
             self.changed.notify_all()
 
     def on_eof(self) -> bool:
+        """Note the peer's end; sending goes on."""
         with self.changed:
             self.ended = True
             self.changed.notify_all()
         return True
 
     def on_drain(self) -> None:
+        """Wake the writers."""
         with self.changed:
             self.changed.notify_all()
 
     def on_close(self, exc: OSError | None) -> None:
+        """Wake all: nothing more will come."""
         with self.changed:
             self.over = True
             self.error = exc
@@ -147,7 +145,7 @@ class Stream:
 
     def __init__(self, connection: Connection, timeout: float | None = None) -> None:
         """Made by `open_stream` and StreamServer."""
-        if not isinstance(connection, _Feed):
+        if not isinstance(connection, Feed):
             raise TypeError(f"connection={connection!r}: streams are made by open_stream and StreamServer")
         self._timeout = check_timeout("timeout", timeout)
         self._closed = False
@@ -457,8 +455,8 @@ def open_stream(
     """
     if "write_buffer_max" in options:
         raise TypeError("write_buffer_max: a stream has none, for write() waits at high_mark")
-    feed = connect(address, _Feed, timeout=timeout, local_address=local_address, engine=engine, **options)
-    assert isinstance(feed, _Feed)
+    feed = connect(address, Feed, timeout=timeout, local_address=local_address, engine=engine, **options)
+    assert isinstance(feed, Feed)
     stream = Stream(feed, timeout)
     try:
         with feed.changed:
@@ -469,131 +467,3 @@ def open_stream(
         stream.abort()
         raise
     return stream
-
-
-class _Pool:
-    """Threads for what blocks: made when there is something to do, ended when nothing waits."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._lock = threading.Condition()
-        self._waiting: deque[Callable[[], None]] = deque()
-        self._threads: set[threading.Thread] = set()
-
-    def run(self, task: Callable[[], None]) -> None:
-        """Run a task on one of the threads, when one is free. Any thread; never blocks."""
-        with self._lock:
-            self._waiting.append(task)
-            if len(self._threads) >= self._most:
-                return
-            thread = threading.Thread(target=self._work, name="iocp_ctypes stream", daemon=False)
-            self._threads.add(thread)
-        try:
-            thread.start()
-        except RuntimeError:
-            with self._lock:
-                self._threads.discard(thread)
-                if self._threads:
-                    return  # those there are will do it
-                self._waiting.remove(task)
-            raise
-
-    def _work(self) -> None:
-        while True:
-            with self._lock:
-                if not self._waiting:
-                    self._threads.discard(threading.current_thread())
-                    self._lock.notify_all()
-                    return
-                task = self._waiting.popleft()
-            task()
-
-    def wait(self, timeout: float) -> bool:
-        """Wait until all threads but the calling one have ended."""
-        deadline = monotonic() + timeout
-        with self._lock:
-            while self._threads - {threading.current_thread()}:
-                left = deadline - monotonic()
-                if left <= 0:
-                    return False
-                self._lock.wait(min(left, SLICE))
-        return True
-
-
-class StreamServer(Server):
-    """A server whose connections are each served by a function that may block.
-
-        def talk(stream):
-            for line in stream:
-                stream.write(line.upper())
-
-        StreamServer(("127.0.0.1", 9000), talk).serve_forever()
-
-    `function(stream)` is called once for a connection, on one of `threads` threads that do nothing else;
-    accepting, receiving and sending stay with the I/O threads. Where all are busy, connections wait their
-    turn. When the function returns, the stream is closed; when it raises, the connection is aborted and
-    `handle_error` called. Only what the stream itself raised is nobody's mistake: a function need not catch
-    the end of its peer or a time-out.
-    """
-
-    def __init__(
-        self,
-        address: Any,
-        function: Callable[[Stream], object],
-        *,
-        threads: int = THREADS,
-        timeout: float | None = None,
-        engine: Engine | None = None,
-        **options: Unpack[ServerOptions],
-    ) -> None:
-        """Bind and listen; nothing is accepted before `start`.
-
-        Args:
-            address: as for Server.
-            function: called with the Stream of each connection.
-            threads: how many connections are served at a time, 1 to 10000.
-            timeout: seconds, the `timeout` of each stream; None: no limit.
-            engine: as for Server.
-            options: as for Server.
-        """
-        if not callable(function):
-            raise TypeError(f"function={function!r}: must be a function of one argument, the Stream")
-        check_count("threads", threads, 1, 10_000)
-        self._function = function
-        self._stream_timeout = check_timeout("timeout", timeout)
-        self._pool = _Pool(threads)
-        super().__init__(address, self._make_feed, engine=engine, **options)
-
-    def _make_feed(self, _server: Any, peer_address: Address) -> Connection:
-        feed = _Feed(self, peer_address)
-        feed.begin = self._begin
-        return feed
-
-    def _begin(self, feed: _Feed) -> None:
-        self._pool.run(lambda: self._serve(feed))
-
-    def _serve(self, feed: _Feed) -> None:
-        stream = Stream(feed, self._stream_timeout)
-        try:
-            self._function(stream)
-        except BaseException as exc:
-            if exc is stream._blamed:
-                log.debug("%r ended: %s", feed, exc)
-                feed.abort()
-            else:
-                feed._callback_raised(exc)
-        else:
-            feed.close()  # nobody waits for it: the thread is free for the next
-        stream._closed = True
-        stream._blamed = None
-
-    def stop(self, timeout: float = 5.0) -> bool:
-        """Stop as Server does, then wait for the functions, whose streams have ended.
-
-        Returns:
-            True where all connections, threads and functions have ended. From a function: without itself.
-        """
-        if self._is_callback_thread():
-            return super().stop(timeout)
-        ended = super().stop(timeout)
-        return self._pool.wait(min(timeout, 1.0)) and ended

@@ -49,8 +49,9 @@ TABLE: dict[str, int] = {
     "workers": 6,
     "server": 6,
     "client": 6,
+    "stream": 6,
+    "stream_server": 6,
     "datagram": 6,
-    "stream": 7,  # on top of client and server
     "http": 7,
     "websocket": 7,
     "wsgi": 7,

@@ -54,6 +54,7 @@ def prototypes() -> dict[str, Any]:
         ("INFINITE", _winapi.INFINITE),
         ("INVALID_HANDLE_VALUE", _overlapped.INVALID_HANDLE_VALUE),
         ("SO_UPDATE_ACCEPT_CONTEXT", _overlapped.SO_UPDATE_ACCEPT_CONTEXT),
+        ("SO_UPDATE_CONNECT_CONTEXT", _overlapped.SO_UPDATE_CONNECT_CONTEXT),
         ("WAIT_TIMEOUT", _winapi.WAIT_TIMEOUT),
         ("AF_INET", socket.AF_INET),
         ("AF_INET6", socket.AF_INET6),
@@ -204,7 +205,7 @@ def test_a_hot_function_is_the_same_function_under_another_name() -> None:
 
 def test_extension_functions_are_found_by_their_guids() -> None:
     with socket.socket() as sock:
-        for name in ("WSAID_ACCEPTEX", "WSAID_GETACCEPTEXSOCKADDRS"):
+        for name in ("WSAID_ACCEPTEX", "WSAID_CONNECTEX", "WSAID_GETACCEPTEXSOCKADDRS"):
             guid = getattr(_win32, name)
             pointer, returned = ctypes.c_void_p(), _win32.DWORD()
             assert not _win32.WSAIoctl(

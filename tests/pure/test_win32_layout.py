@@ -45,6 +45,8 @@ LAYOUTS: dict[str, dict[str, tuple[int, int]]] = {
     "GUID": {"Data1": (0, 0), "Data2": (4, 4), "Data3": (6, 6), "Data4": (8, 8), "size": (16, 16)},
     # winsock2.h: u_short l_onoff, l_linger
     "LINGER": {"l_onoff": (0, 0), "l_linger": (2, 2), "size": (4, 4)},
+    # mstcpip.h: USHORT Rtt; UCHAR MaxSynRetransmissions
+    "TCP_INITIAL_RTO_PARAMETERS": {"Rtt": (0, 0), "MaxSynRetransmissions": (2, 2), "size": (4, 4)},
     # mstcpip.h: ULONG onoff, keepalivetime, keepaliveinterval
     "TCP_KEEPALIVE": {
         "onoff": (0, 0),
@@ -52,8 +54,6 @@ LAYOUTS: dict[str, dict[str, tuple[int, int]]] = {
         "keepaliveinterval": (8, 8),
         "size": (12, 12),
     },
-    # mstcpip.h: USHORT Rtt; UCHAR MaxSynRetransmissions
-    "TCP_INITIAL_RTO_PARAMETERS": {"Rtt": (0, 0), "MaxSynRetransmissions": (2, 2), "size": (4, 4)},
     # winsock2.h: int ChainLen; DWORD ChainEntries[7]
     "WSAPROTOCOLCHAIN": {"ChainLen": (0, 0), "ChainEntries": (4, 4), "size": (32, 32)},
     # winsock2.h: no pointers, so the same on both
@@ -102,8 +102,8 @@ CONSTANTS = {
     "SIO_GET_EXTENSION_FUNCTION_POINTER": 0x40000000 | 0x80000000 | 0x08000000 | 6,  # _WSAIORW(IOC_WS2, 6)
     "SIO_KEEPALIVE_VALS": 0x80000000 | 0x18000000 | 4,  # _WSAIOW(IOC_VENDOR, 4)
     "SIO_TCP_INITIAL_RTO": 0x80000000 | 0x18000000 | 17,  # _WSAIOW(IOC_VENDOR, 17)
-    "TCP_INITIAL_RTO_UNSPECIFIED_RTT": 0xFFFF,
-    "TCP_INITIAL_RTO_NO_SYN_RETRANSMISSIONS": 0xFE,
+    "TCP_INITIAL_RTO_UNSPECIFIED_RTT": 0xFFFF,  # (USHORT)-1
+    "TCP_INITIAL_RTO_NO_SYN_RETRANSMISSIONS": 0xFE,  # (UCHAR)-2
     "WSA_FLAG_OVERLAPPED": 0x01,
     "WSA_FLAG_NO_HANDLE_INHERIT": 0x80,
     "XP1_IFS_HANDLES": 0x00020000,
@@ -208,8 +208,8 @@ def test_constants_are_those_of_the_headers() -> None:
     ("name", "text"),
     [
         ("WSAID_ACCEPTEX", "b5367df1-cbac-11cf-95ca-00805f48a192"),
-        ("WSAID_GETACCEPTEXSOCKADDRS", "b5367df2-cbac-11cf-95ca-00805f48a192"),
         ("WSAID_CONNECTEX", "25a207b9-ddf3-4660-8ee9-76e58c74063e"),
+        ("WSAID_GETACCEPTEXSOCKADDRS", "b5367df2-cbac-11cf-95ca-00805f48a192"),
     ],
 )
 def test_guids_are_those_of_mswsock(name: str, text: str) -> None:
@@ -218,7 +218,7 @@ def test_guids_are_those_of_mswsock(name: str, text: str) -> None:
 
 def test_every_guid_is_tested() -> None:
     guids = {name for name, value in vars(_win32).items() if isinstance(value, _win32.GUID)}
-    assert guids == {"WSAID_ACCEPTEX", "WSAID_GETACCEPTEXSOCKADDRS", "WSAID_CONNECTEX"}
+    assert guids == {"WSAID_ACCEPTEX", "WSAID_CONNECTEX", "WSAID_GETACCEPTEXSOCKADDRS"}
 
 
 def test_a_hot_handle_is_as_wide_as_a_pointer() -> None:
