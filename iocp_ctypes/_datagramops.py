@@ -190,7 +190,9 @@ class DatagramSocket:
 
     def sender(self, operation: DatagramReceive) -> bytes:
         """Return the SOCKADDR of a receive that was retired; what came over a raw socket has port 0."""
-        return bytes(operation.name[: self.sockaddr_size])
+        raw: Any = operation.name
+        found: bytes = raw[: self.sockaddr_size]
+        return found
 
     def send_now(self, data: bytes, target: Target) -> int:
         """Send without waiting: COMPLETED, or an error code, WSAEWOULDBLOCK among them.
