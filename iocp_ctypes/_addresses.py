@@ -59,6 +59,17 @@ def make_sockaddr(family: int, address: Address) -> bytes:
     )
 
 
+def numeric_family(host: str) -> int | None:
+    """Return the family of a numeric host; None for a name, and for "fe80::1%4", whose zone needs a look-up."""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        try:
+            socket.inet_pton(family, host)
+        except (OSError, ValueError):
+            continue
+        return None if "%" in host else int(family)
+    return None
+
+
 def interleave(places: list[tuple[int, Address]]) -> list[tuple[int, Address]]:
     """Order addresses for connecting as RFC 8305 section 4 says.
 

@@ -64,11 +64,15 @@ class Channel(Lifetime):
         self._run(self._open, first)
 
     def _open(self, first: bytes) -> None:
-        self._opened = True
+        with self._lock:
+            if self._state >= life.JOINING:
+                return  # it was ended before it began; on_close is posted by who did it
+            self._opened = True
         self._call(self.on_connect)
         with self._lock:
-            if self._state == life.OPEN:
-                self._flush()  # what was sent before it was connected
+            if self._state < life.JOINING:  # what was asked for before it was connected
+                self._flush()
+                self._advance()
         if first:
             self.bytes_received += len(first)
             self._deliver(first)

@@ -59,6 +59,10 @@ class Deadlines:
             return
         entry.action = None  # drops the reference now, not when the instant comes
         self._dead += 1
+        self._rebuild()
+
+    def _rebuild(self) -> None:
+        """Make the heap anew where too much of it is dead."""
         if self._dead > DEAD_MIN and self._dead * 2 > len(self._heap):
             self._heap = [living for living in self._heap if living.action is not None]
             heapq.heapify(self._heap)
@@ -83,4 +87,5 @@ class Deadlines:
             else:
                 due.append(entry.action)
                 entry.action = None
+        self._rebuild()  # the living ones may have come up before the dead ones
         return due

@@ -154,12 +154,15 @@ class Lifetime:
                 error = self._connected(sock)
             elif sock is not None:
                 sock.close()  # it was closed meanwhile
-            if self._state == life.CONNECTING or self._state == life.JOINING:
-                self._reading = IDLE
-                self._fail(reason_of(getattr(error, "winerror", None) or 0), error)
-                self._join()
+            if self._state == life.OPEN:
+                # Posted under the lock: whoever ends it from now on posts on_close behind it.
+                self._strand.post(self._open, b"")
                 return
-        self._run(self._open, b"")
+            self._reading = IDLE
+            code = getattr(error, "winerror", None) or 0
+            timeout = isinstance(error, TimeoutError)
+            self._fail(CloseReason.TIMEOUT if timeout else reason_of(code), error)
+            self._join()
 
     def _connected(self, sock: OverlappedSocket) -> OSError | None:
         """Take the socket over; returns why it cannot be. Needs the lock."""

@@ -198,10 +198,9 @@ class OverlappedSocket:
         sockaddr = make_sockaddr(self.family, address)
         operation.keep = ctypes.create_string_buffer(sockaddr, len(sockaddr))
         operation.handler = handler
+        connect = _extension(self._handle, self.family, "ConnectEx")
         self._pending[operation.address] = operation
-        if _extension(self._handle, self.family, "ConnectEx")(
-            self._handle, addressof(operation.keep), len(sockaddr), None, 0, None, operation.address
-        ):
+        if connect(self._handle, addressof(operation.keep), len(sockaddr), None, 0, None, operation.address):
             return COMPLETED if self.skips else PENDING
         return self._proactor.settle(operation)
 

@@ -2,11 +2,13 @@
 
 Laws
 1. At most one thread runs a strand's tasks at any moment; tasks run in the order in which they were posted.
-2. `post` appends before it looks for a runner, and a runner looks at the queue again after it let go: so no
-   task is left behind, without a lock around either.
+2. `post` appends before it tries for the token, and a runner looks at the queue again after it gave the token
+   back: so no task is left behind, without a lock around either.
 3. A task never runs inside `post`: who posts may hold locks of his own.
 4. A runner runs what was queued when it began and hands the rest to `execute`, so that one strand cannot
    keep a thread to itself.
+5. `execute` has at most one callable of a strand: it is handed over with the token. What posts itself again
+   for ever therefore neither fills the executor's queue nor crowds out other strands.
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ class Strand:
 
     def __init__(self, execute: Callable[[Callable[[], None]], None]) -> None:
         """Make a strand; `execute` runs a callable soon on a thread where this strand's tasks belong."""
-        # Whoever pops the token is the runner. A list does what a lock would, without waiting and without the
-        # semaphore that CPython makes for every lock on Windows: there are as many strands as connections.
+        # Whoever pops the token is the runner, or has asked `execute` for one. A list does what a lock would,
+        # without waiting and without the semaphore that CPython makes for every lock on Windows: there are as
+        # many strands as connections.
         self._token = [True]
         self._tasks: deque[tuple[Callable[..., object], tuple[Any, ...]]] | None = (
             None  # made when first needed
@@ -47,9 +50,11 @@ class Strand:
 
     def leave(self) -> None:
         """Stop being the runner; what was posted meanwhile is handed on."""
-        self._token.append(True)
-        if self._tasks:
-            self._execute(self._drain)
+        if not self._tasks:
+            self._token.append(True)
+            if not self._tasks or not self._take():
+                return
+        self._execute(self._drain)
 
     def post(self, function: Callable[..., object], *args: Any) -> None:
         """Queue a call; tasks must not raise."""
@@ -57,7 +62,8 @@ class Strand:
             self._make_queue()
         assert self._tasks is not None
         self._tasks.append((function, args))
-        self._execute(self._drain)
+        if self._take():
+            self._execute(self._drain)
 
     def _make_queue(self) -> None:
         with _making:  # two posts at once must not make two queues
@@ -65,10 +71,9 @@ class Strand:
                 self._tasks = deque()
 
     def _drain(self) -> None:
+        """Run what is queued now, with the token that came with the call."""
         tasks = self._tasks
         assert tasks is not None
-        if not tasks or not self._take():
-            return
         try:
             for _ in range(len(tasks)):
                 function, args = tasks.popleft()

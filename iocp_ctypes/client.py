@@ -4,16 +4,16 @@ Laws
 1. connect() never blocks: it returns a Connection that is not connected yet. What is sent on it meanwhile
    is sent once it is; on_connect comes then. Where connecting fails, on_close is the only callback, with
    why.
-2. A connection keeps its engine running until its on_close has returned.
+2. All arguments are checked before anything is begun.
+3. A connection keeps its engine running until its on_close has returned.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
 from typing import TYPE_CHECKING, Any
 
-from ._addresses import Address, check_address, format_address
+from ._addresses import Address, check_address, format_address, numeric_family
 from ._connector import Connector
 from ._lifetime import Home
 from ._options import ClientOptions, check_timeout, make_settings
@@ -31,18 +31,22 @@ log = logging.getLogger("iocp_ctypes")
 class _Client:
     """What a client connection has in place of a server."""
 
-    def __init__(self, engine: Engine | None, connection: Connection) -> None:
-        self.connection = connection
+    __slots__ = ("connection", "engine")
+
+    def __init__(self, engine: Engine | None) -> None:
+        self.connection: Connection | None = None  # from its attaching to its on_close: no cycle is left then
         self.engine = enter_engine(self, self.at_exit, engine, 0)
 
     def at_exit(self) -> None:
         """The interpreter ends."""
-        self.connection.abort()
-        self.connection.wait_closed(1.0)
+        connection = self.connection
+        if connection is not None:
+            connection.abort()
 
     def gone(self, _connection: Connection) -> None:
-        """on_close has returned: leave the engine, on a thread that may wait for the I/O threads to end."""
-        threading.Thread(target=self.engine.leave, args=(self,), name="iocp_ctypes leave").start()
+        """on_close has returned."""
+        self.connection = None
+        self.engine.leave_soon(self)
 
     def failed(self, connection: Connection, exc: BaseException) -> None:
         """A callback raised."""
@@ -65,31 +69,71 @@ def connect(
         address: (host, port). All addresses of a name are tried, with a staggered start (RFC 8305).
         handler: a Connection subclass, or a factory called with (None, address) that returns a Connection.
         timeout: seconds for all of it, the look-up included; None: as long as the system tries.
-        local_address: (host, port) to connect from; None: any.
+        local_address: (host, port) to connect from, with a numeric host and port 0 for any; only addresses
+            of its family are tried. None: any.
         engine: whose threads to use; None: the engine of the process.
         options: the options of Server that make sense for a connection.
 
     Returns:
         The connection. `on_connect` follows when it is connected; `on_close`, with the exception and a
-        close_reason, when it cannot be.
+        close_reason, when it cannot be. `close` and `abort` give up connecting; on_close(None) follows.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message says what is allowed.
+        RuntimeError: the given engine has been stopped.
 
     Any thread; never blocks. ConnectEx:
     learn.microsoft.com/windows/win32/api/mswsock/nc-mswsock-lpfn_connectex
     """
-    place = check_address(address)
-    local = None if local_address is None else check_address(local_address)
-    settings = make_settings({"silent_timeout": None, **options})
+    place = _check_target(address)
+    local = None if local_address is None else _check_local(local_address)
     check_timeout("timeout", timeout)
-    connection: Any = handler(None, place)
-    if not isinstance(connection, Connection):
-        raise TypeError(f"handler={handler!r}: must make a Connection, and made {connection!r}")
-    client = _Client(engine, connection)
+    for name in options:
+        if name not in ClientOptions.__annotations__:
+            known = ", ".join(ClientOptions.__annotations__)
+            raise TypeError(f"unknown option {name}={options[name]!r}: those of a client are {known}")  # type: ignore[literal-required]
+    settings = make_settings({"silent_timeout": None, **options})
+    if engine is not None and not isinstance(engine, Engine):
+        raise TypeError(f"engine={engine!r}: must be an Engine or None")
+    connection = _make(handler, place)
+    client = _Client(engine)
     shared = client.engine
     home = Home(shared, client.gone, client.failed, None, shared.dispatcher.is_io_thread)
     connector = Connector(shared, place, local, timeout, connection._connect_done)
     connection._attach_client(home, connector, settings, place)
+    client.connection = connection
     connector.start()
+    return connection
+
+
+def _check_target(address: Any) -> Address:
+    place = check_address(address)
+    if not place[0]:
+        raise ValueError(f"address={address!r}: names no host to connect to")
+    if not place[1]:
+        raise ValueError(f"address={address!r}: port 0 is nobody's; it must be from 1 to 65535")
+    return place
+
+
+def _check_local(address: Any) -> Address:
+    try:
+        place = check_address(address)
+    except (TypeError, ValueError) as exc:
+        raise type(exc)(f"local_{exc}") from None
+    if numeric_family(place[0]) is None:
+        raise ValueError(f"local_address={address!r}: the host must be numeric, like '127.0.0.1' or '::1'")
+    return place
+
+
+def _make(handler: Any, place: Address) -> Connection:
+    good = issubclass(handler, Connection) if isinstance(handler, type) else callable(handler)
+    if not good:
+        raise TypeError(
+            f"handler={handler!r}: must be a subclass of Connection, or a function of (None, address)"
+        )
+    connection: Any = handler(None, place)
+    if not isinstance(connection, Connection):
+        raise TypeError(f"handler={handler!r}: must make a Connection, and made {connection!r}")
+    if hasattr(connection, "_state"):
+        raise ValueError(f"handler={handler!r}: must make a new Connection, and made {connection!r}")
     return connection

@@ -88,7 +88,7 @@ class Connection(Channel):
         closed.
         """
         with self._lock:
-            if self._state != life.OPEN:
+            if self._state > life.OPEN:
                 raise ConnectionClosedError(f"connection {self.id} is closed")
             if not self._eof_out:
                 self._eof_out = True
@@ -202,7 +202,7 @@ class Connection(Channel):
 
     @property
     def server(self) -> Any:
-        """The Server that accepted this connection."""
+        """The Server that accepted this connection; None where `connect` made it."""
         return self._server
 
     @property

@@ -5,11 +5,14 @@ Laws
 2. An engine counts its users; the shared one stops with the last of them and is made anew for the next.
 3. When the interpreter ends, engines still running are stopped first: a script that forgets to stop a
    server exits.
+4. Who may not wait leaves by `leave_soon`. If it was the last, the watchdog's thread, which nobody needs any
+   more, ends the others and then itself: no thread is made for it.
 """
 
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import sys
 import threading
@@ -30,8 +33,12 @@ from .watchdog import Watchdog
 STOP_TIMEOUT: Final = 5.0
 #: Name look-ups at a time: the system's resolver blocks a thread for each.
 RESOLVERS_MAX: Final = 4
+#: Seconds before another try where the system was short of threads for a look-up.
+RESOLVER_RETRY: Final = 0.5
 #: Seconds they get when the interpreter ends.
 EXIT_TIMEOUT: Final = 1.0
+
+log = logging.getLogger("iocp_ctypes")
 
 
 def default_io_threads() -> int:
@@ -84,10 +91,22 @@ class Engine:
         """Run a name look-up on a thread of its own; at most RESOLVERS_MAX run at a time, the rest wait."""
         with self._lock:
             self._look_ups.append(look_up)
-            if self._resolvers >= RESOLVERS_MAX:
+        self._start_resolver()
+
+    def _start_resolver(self) -> None:
+        with self._lock:
+            if not self._look_ups or self._resolvers >= RESOLVERS_MAX:
                 return
             self._resolvers += 1
-        threading.Thread(target=self._resolve, name="iocp_ctypes resolver", daemon=True).start()
+        # A daemon: the system's resolver cannot be interrupted, and the end of a process should not wait.
+        thread = threading.Thread(target=self._resolve, name="iocp_ctypes resolver", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            log.warning("no resolver thread could be started: the system is short of them", exc_info=True)
+            with self._lock:
+                self._resolvers -= 1
+            self.watchdog.later(RESOLVER_RETRY, self._start_resolver)
 
     def _resolve(self) -> None:
         while True:
@@ -100,9 +119,13 @@ class Engine:
 
     def enter(self, user: Any, at_exit: Callable[[], None]) -> None:
         """Begin to use the engine; `at_exit` is called when the interpreter ends before `leave` was."""
+        if not self._try_enter(user, at_exit):
+            raise RuntimeError("this engine has been stopped: make another")
+
+    def _try_enter(self, user: Any, at_exit: Callable[[], None]) -> bool:
         with self._lock:
             if self._stopped:
-                raise RuntimeError("this engine has been stopped: make another")
+                return False
             self._exit_actions[id(user)] = at_exit
             if not self._started:
                 self._started = True
@@ -110,6 +133,7 @@ class Engine:
                 self.dispatcher.start()
                 with _engines_lock:
                     _engines.add(self)
+            return True
 
     def leave(self, user: Any, timeout: float = STOP_TIMEOUT) -> bool:
         """End using the engine; the last one out stops it. Blocks up to `timeout` seconds then.
@@ -117,11 +141,22 @@ class Engine:
         Returns:
             True where the engine goes on for others, or all its threads have ended.
         """
+        return self._stop(timeout) if self._was_last(user) else True
+
+    def leave_soon(self, user: Any) -> None:
+        """End using the engine; if that was the last one, it stops a moment later. Any thread; never blocks."""
+        if self._was_last(user):
+            self.watchdog.later(0.0, self._stop_soon)
+
+    def _was_last(self, user: Any) -> bool:
         with self._lock:
-            if self._exit_actions.pop(id(user), None) is None or self._exit_actions:
-                return True
+            if self._exit_actions.pop(id(user), None) is None or self._exit_actions or self._stopped:
+                return False
             self._stopped = True
-        return self._stop(timeout)
+            return True
+
+    def _stop_soon(self) -> None:
+        self._stop(STOP_TIMEOUT)
 
     def _stop(self, timeout: float) -> bool:
         deadline = time.monotonic() + timeout
@@ -137,9 +172,14 @@ class Engine:
         return ended
 
     def stop_at_exit(self) -> None:
-        """Tell all users that the interpreter ends, then stop."""
-        for action in list(self._exit_actions.values()):
+        """Tell all users that the interpreter ends, let them leave, then stop."""
+        with self._lock:
+            actions = list(self._exit_actions.values())
+        for action in actions:
             action()
+        deadline = time.monotonic() + EXIT_TIMEOUT
+        while self._exit_actions and time.monotonic() < deadline:
+            time.sleep(0.005)
         with self._lock:
             already, self._stopped = self._stopped, True
         if not already:
@@ -175,12 +215,10 @@ def enter_engine(user: Any, at_exit: Callable[[], None], given: Engine | None, i
         engine = given if given is not None else Engine(io_threads)
         engine.enter(user, at_exit)
         return engine
-    with (
-        _shared_lock
-    ):  # so that the last user of the shared engine cannot leave between the look and the entering
-        if _shared is None or not _shared.running:
+    with _shared_lock:  # one new engine, whoever finds the old one left by its last user
+        if _shared is None or not _shared._try_enter(user, at_exit):
             _shared = Engine()
-        _shared.enter(user, at_exit)
+            _shared.enter(user, at_exit)
         return _shared
 
 

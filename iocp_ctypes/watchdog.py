@@ -72,11 +72,16 @@ class Watchdog:
             return len(self._deadlines)
 
     def stop(self, timeout: float) -> bool:
-        """End the thread; blocks up to `timeout` seconds. Returns whether it has ended."""
+        """End the thread; blocks up to `timeout` seconds. Returns whether it has ended.
+
+        On the thread itself: True, for it ends once the action that called this has returned.
+        """
         with self._lock:
             self._stopping = True
         self._ring()
-        if self._thread.is_alive() and self._thread is not threading.current_thread():
+        if self._thread is threading.current_thread():
+            return True
+        if self._thread.is_alive():
             self._thread.join(timeout)
         return not self._thread.is_alive()
 

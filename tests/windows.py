@@ -14,14 +14,13 @@ Exit code: the program's (Wine keeps the low 8 bits: an uncaught Ctrl-C, 0xC0000
 signal n; 2, with one line on stderr, where the program could not be started.
 For other programs: `prepare(python, extra) -> Target`, `Target.popen(args) -> Process`.
 
-It owns the folder `iocp_ctypes` in the user's cache ($IOCP_CTYPES_CACHE: another folder). Its laws:
+It owns the folder `iocp_ctypes` in the user's cache ($IOCP_CTYPES_CACHE: another folder). Two laws:
   1. Every step builds in a `.part` folder, under the step's lock, and renames it into place: what exists is
      complete, an interrupted run leaves nothing half done, two runs never build the same thing. A result's
      name holds a digest of what it is made from, so that later runs need not look inside.
   2. Only processes that a run started are ended. A marker in their environment, unique to the run, tells
      them: Wine hands it to every descendant, whatever environment the program itself passes on. Therefore
      the wineserver and its services are started without it, before any program.
-  3. stdout carries what the program writes and nothing else, in bytes, as they come.
 """
 
 from __future__ import annotations
@@ -85,22 +84,31 @@ int wmain(int argc, wchar_t **argv) {
     return ((int (*)(int, wchar_t **)) py_main)(argc, argv);
 }
 """
+# Makes folders real site folders, whose .pth files count: pywin32 needs that.
+SITES = ("import os, site; "
+         "list(map(site.addsitedir, filter(None, os.environ.get('IOCP_CTYPES_SITES', '').split(';'))))\n")
 # As in the python.exe of python.org: a program that does not claim Windows 10 is told it runs on Windows 8.
 MANIFEST = """\
 <assembly xmlns="urn:schemas-microsoft-com:asm.v1" manifestVersion="1.0">
 <compatibility xmlns="urn:schemas-microsoft-com:compatibility.v1"><application>
 <supportedOS Id="{8e0f7a12-bfb3-4fe8-b9a5-48fd50a15a9a}"/></application></compatibility></assembly>
 """
-PYTHON_RECIPE = (CARRIER, LEFT_OUT, BESIDE_EXE, HOST_ONLY, LAUNCHER, MANIFEST)
+# Two libraries only pass calls on: the stable ABI's, and one that modules in Rust need and Wine 8 has not.
+LINKED = (("python.exe", "-municode", "launcher.c"), ("python3.dll", "-shared", "python3.def"),
+          ("bcryptprimitives.dll", "-shared", "bcryptprimitives.def"))
+RANDOM = "EXPORTS\nProcessPrng=advapi32.SystemFunction036"
+PYTHON_RECIPE = (CARRIER, LEFT_OUT, BESIDE_EXE, HOST_ONLY, LAUNCHER, SITES, MANIFEST, LINKED, RANDOM)
 WINE_RECIPE = (("wineboot", "-i"), ("winecfg", "-v", "win10"))
 
-# pip takes the wheel tags of another system as options, but reads the markers of dependencies for its own:
-# without this, `colorama; sys_platform == "win32"` and the like would be missing.
+# pip takes the wheel tags of another system as options, but reads the markers of dependencies for its own
+# (`colorama; sys_platform == "win32"`), and would give a free-threaded Python wheels of the stable ABI.
 PIP = """\
 import runpy, sys
 if sys.path[0] == "": del sys.path[0]
-from pip._vendor.packaging import markers
-version = sys.argv.pop(1)
+from pip._vendor.packaging import markers, tags
+tag = sys.argv.pop(1)
+version = tag.rstrip("t")
+if tag != version: tags._abi3_applies = lambda *_: False
 host = markers.default_environment
 markers.default_environment = lambda: {**host(), "sys_platform": "win32", "os_name": "nt", "platform_system":
     "Windows", "platform_machine": "AMD64", "python_version": version, "python_full_version": version + ".99"}
@@ -137,15 +145,12 @@ def cache_folder() -> Path:
     variable, usual = ("LOCALAPPDATA", "AppData/Local") if os.name == "nt" else ("XDG_CACHE_HOME", ".cache")
     caches = Path(os.environ.get(variable) or Path.home() / usual)
     folder = Path(os.environ.get("IOCP_CTYPES_CACHE") or caches / "iocp_ctypes")
-    problem = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if sys.platform != "win32" and folder.stat().st_uid != os.geteuid():
-            problem = "it is another user's"  # as with sudo and the caller's home; Wine refuses it
-        elif not os.access(folder, os.W_OK):
-            problem = "it is read-only"
+        theirs = sys.platform != "win32" and folder.stat().st_uid != os.geteuid()  # Wine refuses to use it
+        problem = "it is another user's" if theirs else None if os.access(folder, os.W_OK) else "read-only"
     except OSError as exc:
-        problem = exc.strerror
+        problem = exc.strerror or str(exc)
     if problem:
         raise Problem(f"cannot use the cache folder {folder}: {problem} (IOCP_CTYPES_CACHE names another)")
     return folder.resolve()
@@ -221,8 +226,6 @@ def requirements(pyproject: Path = CHECKOUT / "pyproject.toml") -> list[str]:
 
 
 class Tools(NamedTuple):
-    """Programs of the host."""
-
     wine: str
     server: str
     compiler: str
@@ -255,9 +258,7 @@ def apt_install(packages: Sequence[str], purpose: str) -> None:
     quietly(["apt-get", "-q", "update"], env=environment)  # where it fails, the lists at hand may do
     done = quietly([*line.split(), "-y", "-q", "-o", "DPkg::Lock::Timeout=600"], env=environment)
     if done.returncode:
-        error = last_line(done.stdout, "(E: .+)")
-        offline = re.search(r"Temporary failure|Could not (resolve|connect)|Unable to (locate|fetch)", error)
-        raise Problem(f"{'no network? ' * bool(offline)}`{line}`: {error}")
+        raise Problem(f"no network? `{line}`: {last_line(done.stdout, '(E: .+)')}")
 
 
 def host_pip() -> str:
@@ -275,15 +276,12 @@ def host_pip() -> str:
 
 def pip(tag: str, action: str, *args: str) -> None:
     """Run the host's pip for the Windows interpreter `tag`, with the user's PIP_* settings."""
-    version = tag.rstrip("t")
-    abis = ["cp" + tag.replace(".", "")]
-    if action == "install":
-        abis += ["none"] if tag.endswith("t") else ["abi3", "none"]
     wheels = ["--only-binary=:all:", "--platform", "win_amd64", "--implementation", "cp",
-              "--python-version", version, *(word for abi in abis for word in ("--abi", abi))]
+              "--python-version", tag.rstrip("t"), "--abi", "cp" + tag.replace(".", ""), "--abi", "none",
+              *(() if tag.endswith("t") else ("--abi", "abi3"))]
     # Both would contradict --target.
     environment = {**os.environ, "PIP_USER": "0", "PIP_REQUIRE_VIRTUALENV": "0"}
-    done = quietly([host_pip(), "-c", PIP, version, action, *wheels, *args], env=environment)
+    done = quietly([host_pip(), "-c", PIP, tag, action, *wheels, *args], env=environment)
     if done.returncode:
         failed = f"pip {action} {args[-1]} for Windows CPython {tag}"
         if re.search(r"connection broken|ConnectionError|ReadTimeout|ProxyError", done.stdout):
@@ -311,14 +309,21 @@ def lay_out_python(tag: str, found: Tools, stdlib: Path) -> Path:
                     place = part if re.match(BESIDE_EXE, name) else part / "DLLs"
                     (place / name).write_bytes(archive.read(entry))
         shutil.rmtree(part / "wheel")
-        unwanted = shutil.ignore_patterns(*HOST_ONLY)
-        shutil.copytree(stdlib, part / "Lib", ignore_dangling_symlinks=True, ignore=unwanted)
-        dll = f"python{tag.replace('.', '')}.dll"
-        (part / "launcher.c").write_text(LAUNCHER.replace("PYTHON_DLL", dll))
+        shutil.copytree(stdlib, part / "Lib", ignore_dangling_symlinks=True,
+                        ignore=shutil.ignore_patterns(*HOST_ONLY))
+        name = "python" + tag.replace(".", "")
+        (part / "launcher.c").write_text(LAUNCHER.replace("PYTHON_DLL", f"{name}.dll"))
         (part / "python.exe.manifest").write_text(MANIFEST)
-        built = quietly([found.compiler, "-municode", "-s", "-o", "python.exe", "launcher.c"], cwd=part)
-        if built.returncode:
-            raise Problem(f"cannot link python.exe: {built.stdout}")
+        dump = quietly(["x86_64-w64-mingw32-objdump", "-p", f"{name}.dll"], cwd=part).stdout
+        stable = [f"{each}={name}.{each}" for each in re.findall(r"\] (_?P[yY]\w+)$", dump, re.M)]
+        (part / "python3.def").write_text("\n".join(["EXPORTS", *stable]))
+        (part / "bcryptprimitives.def").write_text(RANDOM)
+        for made, *options in LINKED:
+            built = quietly([found.compiler, "-s", "-o", made, *options], cwd=part)
+            if built.returncode:
+                raise Problem(f"cannot link {made}: {built.stdout}")
+        (part / "Lib/site-packages").mkdir()
+        (part / "Lib/site-packages/iocp_ctypes.pth").write_text(SITES)
     return final
 
 
@@ -360,8 +365,7 @@ def make_prefix(found: Tools) -> Path:
 
 
 def install(tag: str, packages: Sequence[str]) -> Path:
-    """The folder of these packages and what they need."""
-    final = cache_folder() / f"site-{tag}-{digest(packages)}"
+    final = cache_folder() / f"site-{tag}-{digest([PIP, *packages])}"
     with building(final) as part:
         if part:
             say(f"installing {' '.join(packages)} for {tag} …")
@@ -444,10 +448,9 @@ class Target:
 
 
 def prepare(python: str | None = None, extra: Sequence[str] = ()) -> Target:
-    """Make ready what running needs; where that was done before, it takes milliseconds.
+    """Make ready what running needs; where that was done before, it takes milliseconds. Raises: Problem.
 
     Args: python: a tag such as "3.13t" (None: as --python); extra: packages besides the test requirements.
-    Raises: Problem, whose text is one line for the user. Safe in several processes at once.
     """
     if sys.platform == "win32":
         return prepare_windows(python, [*requirements(), *extra])
@@ -463,7 +466,8 @@ def prepare(python: str | None = None, extra: Sequence[str] = ()) -> Target:
     prefix = make_prefix(found)
     sites = [install(tag, packages) for packages in (requirements(), sorted(set(extra))) if packages]
     variables = wine_environment(prefix, found)
-    path = [CHECKOUT, *sites, *map(Path, filter(None, os.environ.get("PYTHONPATH", "").split(":")))]
+    variables["IOCP_CTYPES_SITES"] = ";".join(map(windows_path, sites))
+    path = [CHECKOUT, *map(Path, filter(None, os.environ.get("PYTHONPATH", "").split(":")))]
     variables["PYTHONPATH"] = ";".join(map(windows_path, path))
     variables["PYTHONPYCACHEPREFIX"] = windows_path(cache_folder() / f"pycache-{tag}")
     return Target(tag, (found.wine, windows_path(home / "python.exe")), variables)
@@ -540,8 +544,7 @@ def run(target: Target, args: Sequence[str], timeout: float | None) -> int:
 
 
 def run_on_windows(target: Target, args: Sequence[str], timeout: float | None) -> int:
-    """As run(), where the program has our stdio and hears Ctrl-C itself."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the program hears it itself
     process = target.popen(args)
     try:
         return process.wait(timeout)

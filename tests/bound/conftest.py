@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from support import IO_THREADS, Echo, Recorder, handle_count, reachable, serving, wait_until
+from support import IO_THREADS, Echo, forget, handle_count, reachable, serving, wait_until
 
 from iocp_ctypes import engine as engine_module
 
@@ -32,17 +32,10 @@ def _of_library() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("iocp_ctypes")]
 
 
-def _recorders(kind: type[Recorder] = Recorder) -> Iterator[type[Recorder]]:
-    yield kind
-    for sub in kind.__subclasses__():
-        yield from _recorders(sub)
-
-
 @pytest.fixture(autouse=True)
 def guards(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Errors]:
     """After each test: no thread of the library, no pending operation, no unexpected ERROR in its log."""
-    for kind in _recorders():
-        kind.made.clear()
+    forget()
     engines: list[engine_module.Engine] = []
     build = engine_module.Engine.__init__
 
@@ -82,10 +75,11 @@ def flat_handles() -> Iterator[None]:
     with serving(Echo) as server:  # what is made once and kept is made now
         reachable(server.address)
     wait_until(lambda: not _of_library())
-    Echo.made.clear()
+    forget()
     before = handle_count()
     yield
     wait_until(lambda: not _of_library())
+    forget()
     wait_until(
         lambda: handle_count() <= before + HANDLES_TOLERATED,
         timeout=5,

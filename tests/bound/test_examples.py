@@ -1,0 +1,167 @@
+"""The examples, each run as its first lines say, with plain sockets as clients."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+
+import pytest
+from program import ROOT, Program, running
+from support import PATIENCE, ended, raw, read_all, read_exactly
+
+EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
+
+
+def example(name: str, *arguments: str) -> contextlib.AbstractContextManager[Program]:
+    """Run an example for a `with` block."""
+    return running("-m", f"examples.{name}", "--port", "0", *arguments)
+
+
+def line_of(sock: socket.socket) -> bytes:
+    """Read one line, and nothing of the next."""
+    line = b""
+    while not line.endswith(b"\n"):
+        waiting = sock.recv(65536, socket.MSG_PEEK)
+        assert waiting, f"the end came after {line!r}"
+        line += read_exactly(sock, waiting.find(b"\n") + 1 or len(waiting))
+    return line
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_is_short_and_says_how_to_run_it(name: str) -> None:
+    text = (ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 60
+    assert f"`py -m examples.{name} [--port N]" in text
+
+
+def test_echo() -> None:
+    with example("echo_server") as program, contextlib.ExitStack() as stack:
+        address = program.listening()
+        clients = [stack.enter_context(raw(address)) for _ in range(5)]
+        for client in clients:
+            program.line(rf"hello \('127\.0\.0\.1', {client.getsockname()[1]}\)")
+        for number, client in enumerate(clients):
+            client.sendall(b"number %d" % number)
+        for number, client in enumerate(clients):
+            assert read_exactly(client, 8) == b"number %d" % number
+        first, *others = clients
+        first.shutdown(socket.SHUT_WR)
+        assert read_all(first) == b""
+        program.line(rf"bye \('127\.0\.0\.1', {first.getsockname()[1]}\) eof")
+        for client in others:
+            client.close()
+            program.line(r"bye \('127\.0\.0\.1', \d+\) eof")
+
+
+def test_echo_to_a_client_that_reads_late() -> None:
+    size = 12_000_000
+    with example("echo_server") as program, raw(program.listening()) as client:
+        program.line("hello .*")
+        sender = threading.Thread(target=client.sendall, args=(bytes(size),))
+        sender.start()
+        sender.join(0.5)
+        held_back = sender.is_alive()
+        assert read_exactly(client, size) == bytes(size)
+        sender.join(PATIENCE)
+        client.close()
+        program.line("bye .* eof")
+    assert held_back, "the server took everything, though nobody read what it sent back"
+
+
+def enter(address: tuple[str, int], name: str, receive_buffer: int = 0) -> socket.socket:
+    """Join the chat."""
+    sock = socket.socket()
+    sock.settimeout(PATIENCE)
+    if receive_buffer:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    sock.connect(address)
+    assert line_of(sock) == b"your name?\n"
+    sock.sendall(f"{name}\n/who\n".encode())
+    assert name.encode() in line_of(sock)
+    return sock
+
+
+def test_chat() -> None:
+    with example("chat_server") as program:
+        address = program.listening()
+        with enter(address, "Ann") as ann, enter(address, "Bob") as bob, enter(address, "Cleo") as cleo:
+            assert [line_of(ann), line_of(ann)] == [b"* Bob is here\n", b"* Cleo is here\n"]
+            assert line_of(bob) == b"* Cleo is here\n"
+            ann.sendall(b"hello, ")
+            ann.sendall("all of you: grüß Gott\r\nand good bye\n".encode())
+            for other in (bob, cleo):
+                assert line_of(other) == "Ann: hello, all of you: grüß Gott\n".encode()
+                assert line_of(other) == b"Ann: and good bye\n"
+            bob.sendall(b"/who\n")
+            assert line_of(bob) == b"* Ann, Bob, Cleo\n"
+            cleo.sendall(b"x" * 5000)  # longer than a line may be
+            assert ended(cleo) in ("reset", "eof")
+            for other in (ann, bob):
+                assert line_of(other) == b"* Cleo has left: aborted\n"
+
+
+def test_chat_drops_who_does_not_read() -> None:
+    line = b"x" * 4000 + b"\n"
+    with example("chat_server") as program:
+        address = program.listening()
+        with (
+            enter(address, "Ann") as ann,
+            enter(address, "Slow", receive_buffer=4096) as slow,
+            enter(address, "Bob") as bob,
+        ):
+            assert [line_of(ann), line_of(ann)] == [b"* Slow is here\n", b"* Bob is here\n"]
+            said = 0
+            heard = b"Ann: " + line
+            while heard == b"Ann: " + line:
+                assert said < 40_000_000, "who reads nothing was kept"  # no system keeps so much for a socket
+                ann.sendall(line)
+                said += len(line)
+                heard = line_of(bob)
+            assert heard == line_of(ann) == b"* Slow has left: overflow\n"
+            assert said > 256 * 1024, "it was dropped too early"
+            assert line_of(bob) == b"Ann: " + line, "another guest missed something"
+            with contextlib.suppress(ConnectionResetError):
+                assert len(read_all(slow)) < said
+
+
+def test_lines() -> None:
+    with example("line_server") as program:
+        address = program.listening()
+        with raw(address) as one, raw(address) as two:
+            one.sendall(b"set colour dark blue\r\nget colour\nget taste\nwhat\nget\nset x\n")
+            answers = b"ok\ndark blue\n?\nerror\nerror\nerror\n"
+            assert read_exactly(one, len(answers)) == answers
+            two.sendall(b"get col")
+            two.sendall(b"our\nquit\nget colour\n")
+            assert read_all(two) == b"dark blue\n"
+            one.sendall(b"x" * 3000)  # longer than a line may be
+            assert ended(one) in ("reset", "eof")
+
+
+def test_line_deadline_is_not_moved_by_single_bytes() -> None:
+    stop = threading.Event()
+
+    def drip(sock: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while not stop.wait(0.1):
+                sock.sendall(b"g")
+
+    with example("line_server", "--seconds", "1") as program:
+        address = program.listening()
+        with raw(address) as slow, raw(address) as quick:
+            began = time.monotonic()
+            dripping = threading.Thread(target=drip, args=(slow,))
+            dripping.start()
+            try:
+                for _ in range(8):  # over 1.6 s
+                    time.sleep(0.2)
+                    quick.sendall(b"get x\n")
+                    assert line_of(quick) == b"?\n", "whole lines move it"
+                assert line_of(slow) == b"too slow\n"
+                assert time.monotonic() - began < 5
+            finally:
+                stop.set()
+                dripping.join()
+            assert line_of(quick) == b"too slow\n", "a quick client that stops is cut as well"
