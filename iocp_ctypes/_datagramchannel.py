@@ -146,7 +146,7 @@ class DatagramChannel:
             try:
                 self._socket.attach(engine.proactor, engine.port)
             except BaseException:
-                engine.leave(self)
+                engine.leave_soon(self)
                 raise
         except BaseException:
             with self._lock:
@@ -452,11 +452,8 @@ class DatagramChannel:
         """Call on_close, leave the engine. On the strand, as its last task."""
         self._call(self.on_close, self._error)
         self._closed_event.set()
-        # On a thread that may wait for the I/O threads to end.
-        leave = threading.Thread(target=self._engine.leave, args=(self,), name="iocp_ctypes leave")
-        leave.start()
+        self._engine.leave_soon(self)
 
     def _at_exit(self) -> None:
         """The interpreter ends."""
         self._fail(CloseReason.SHUTDOWN, None)
-        self._closed_event.wait(1.0)
