@@ -1,9 +1,9 @@
 """Datagram echo at a depth, ours against asyncio's datagram endpoint: `python3 tests/bench/datagrams.py`.
 
-A native socket keeps `depth` datagrams of 64 bytes under way and sends the next for each that comes back; one
-that is not back after LOST_S is lost. Rounds alternate, and begin with the other server each time, so that what
-else happens on the machine hits both. `--check` ends with code 1 on a loss, or where the median ratio of paired
-rounds is below RATIO_WANTED.
+A native socket keeps `depth` datagrams of 64 bytes under way and sends the next for each that comes back;
+one that is not back after LOST_S is lost. Rounds alternate, and begin with the other server each time, so
+that what else happens on the machine hits both. `--check` ends with code 1 on a loss, or where the median
+ratio of paired rounds is below RATIO_WANTED.
 """
 
 from __future__ import annotations
@@ -134,8 +134,7 @@ def main() -> int:
     print(f"{version_line(starter)}, depth {options.depth}, {options.rounds} rounds")
     print(report(results))
     ratio = statistics.median(
-        one.rate / max(1e-9, other.rate)
-        for one, other in zip(results[OURS], results[THEIRS], strict=True)
+        one.rate / max(1e-9, other.rate) for one, other in zip(results[OURS], results[THEIRS], strict=True)
     )
     lost = any(one.lost or one.foreign for one in results[OURS])
     return 1 if options.check and (lost or ratio < RATIO_WANTED) else 0

@@ -73,7 +73,9 @@ class Probe(Datagram):
 
     def until(self, count: int, name: str = "datagram") -> list[Any]:
         """Wait for `count` calls of a callback."""
-        wait_until(lambda: len(self.values(name)) >= count, what=f"{count} calls of on_{name}: {self.stats()}")
+        wait_until(
+            lambda: len(self.values(name)) >= count, what=f"{count} calls of on_{name}: {self.stats()}"
+        )
         return self.values(name)
 
     def check(self) -> None:

@@ -50,14 +50,14 @@ def test_unknown_options_and_marks_out_of_order() -> None:
         checks.make_datagram_settings({"backlog": 5})
     with pytest.raises(ValueError, match="low_mark=70000"):
         checks.make_datagram_settings({"low_mark": 70000})
-    with pytest.raises(ValueError, match="high_mark=65536.*write_buffer_max, which is 1000"):
+    with pytest.raises(ValueError, match=r"high_mark=65536.*write_buffer_max, which is 1000"):
         checks.make_datagram_settings({"write_buffer_max": 1000})
 
 
 def test_kind_and_protocol() -> None:
     assert checks.check_kind(socket.SOCK_DGRAM, 0) == (DGRAM, 0)
     assert checks.check_kind(socket.SOCK_RAW, 1) == (RAW, 1)
-    with pytest.raises(ValueError, match="type=.*must be socket.SOCK_DGRAM or"):
+    with pytest.raises(ValueError, match=r"type=.*must be socket.SOCK_DGRAM or"):
         checks.check_kind(socket.SOCK_STREAM, 0)
     with pytest.raises(ValueError, match="protocol=0: must be from 1 to 255 for SOCK_RAW"):
         checks.check_kind(socket.SOCK_RAW, 0)
@@ -115,7 +115,7 @@ def test_groups_sources_interfaces() -> None:
     with pytest.raises(TypeError, match=r"group=5: must be .* a str"):
         checks.check_group(V4, 5)
     assert checks.check_source(V4, "1.2.3.4") == bytes((1, 2, 3, 4))
-    with pytest.raises(ValueError, match="source='224.0.0.1': must be an IPv4 address, not a multicast one"):
+    with pytest.raises(ValueError, match=r"source='224.0.0.1': must be an IPv4 address, not a multicast one"):
         checks.check_source(V4, "224.0.0.1")
     assert checks.check_interface(V4, None) == bytes(4)
     assert checks.check_interface(V4, "127.0.0.1") == bytes((127, 0, 0, 1))
@@ -129,7 +129,7 @@ def test_groups_sources_interfaces() -> None:
         (V6, True, TypeError),
         (V6, -1, ValueError),
     ):
-        with pytest.raises(error, match="interface=.*must be"):
+        with pytest.raises(error, match=r"interface=.*must be"):
             checks.check_interface(family, value)
 
 
