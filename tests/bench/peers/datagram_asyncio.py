@@ -1,4 +1,4 @@
-"""Datagram echo server on asyncio's datagram endpoint (on Windows the Proactor's), with its default options."""
+"""Datagram echo server on asyncio's datagram endpoint (on Windows the Proactor's), with default options."""
 
 import asyncio
 from typing import Any, cast
