@@ -16,18 +16,20 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Final
 
-from . import _win32
 from ._errors import ERROR_OPERATION_ABORTED, RESOURCE_CODES, winsock_code
 from ._options import Usage
 from ._proactor import Operation
-from ._sockops import AcceptOperation, ListeningSocket, OverlappedSocket
+from ._sockops import NOT_CONNECTED, AcceptOperation, ListeningSocket, OverlappedSocket
 from .watchdog import Watchdog
 
 #: Seconds before a failed AcceptEx is posted again: doubled each time up to the second.
 RETRY_FIRST: Final = 0.010
 RETRY_MAX: Final = 1.0
-#: Failures in a row, as a multiple of the cap, after which failing is taken for a condition and not for bad
-#: peers.
+#: Codes that say that the peer is gone. However many do, each has left the kernel's queue and is no reason
+#: to wait.
+PEER_GONE: Final = frozenset({10051, 10053, 10054, 10057, 10060, 10065})
+#: Other failures in a row, as a multiple of the cap, after which failing is taken for a condition and not
+#: for bad peers.
 FAILURES_IN_ROW: Final = 2
 #: Seconds between two looks at sockets that are connected and silent inside AcceptEx, at the most.
 SILENT_LOOK_MAX: Final = 1.0
@@ -112,10 +114,13 @@ class Acceptor:
         with self._lock:
             if self._paused or self._closing:
                 return
-            for pool in self._pools:
-                while len(pool.operations) < pool.share and self._in_use < self._room():
-                    if not self._post(pool):
-                        return
+            # One for each address in turn, so that a small room is not all taken by the first; and one for
+            # each in any case, so that none is deaf: the server lets wait whom that brings above its cap.
+            pools = list(self._pools)
+            while pools and (room := self._room()) > 0:
+                wanting = [pool for pool in pools if len(pool.operations) < pool.share]
+                pools = [pool for pool in wanting if self._in_use < room or not pool.operations]
+                pools = [pool for pool in pools if self._post(pool)]
 
     def _post(self, pool: _Pool) -> bool:
         """Post one AcceptEx; False where it failed and a retry was arranged. Needs the lock."""
@@ -126,7 +131,7 @@ class Acceptor:
             self._in_use += 1
             return True
         self.unreplaced += 1
-        if not self._retrying:
+        if self._retry_delay == RETRY_FIRST:  # once for each time it begins
             log.warning(
                 "an AcceptEx could not be posted (error %d): trying again in %.2f s", code, self._retry_delay
             )
@@ -148,49 +153,56 @@ class Acceptor:
         """Retire an AcceptEx. On an I/O thread."""
         assert isinstance(operation, AcceptOperation)
         pool: _Pool = operation.home
-        with self._lock:
-            pool.operations.pop(operation.address, None)
-            self._in_use -= 1
-            closing = self._closing
-        if closing or status:
-            self._discard(operation, status, closing)
+        if self._closing or status:
+            self._discard(pool, operation, status)
             return
         try:
             accepted, first = pool.listening.finish(operation, transferred)
         except OSError as exc:
             log.debug("a peer was gone before it was accepted: %s", exc)
-            self._discard(operation, 0, closing)
+            self._discard(pool, operation, 0)
             return
-        self._failures_in_row = 0
-        self._retry_delay = RETRY_FIRST
-        self.last_accept = monotonic()
-        self._admit()
+        self._admit()  # before the AcceptEx is uncounted: in between it would look as if there were room
+        with self._lock:
+            self._uncount(pool, operation)
+            self._failures_in_row = 0
+            if not self._retrying:
+                self._retry_delay = RETRY_FIRST
+            self.last_accept = monotonic()
         self.top_up()
         self._accepted(accepted, first)
 
-    def _discard(self, operation: AcceptOperation, status: int, closing: bool) -> None:
+    def _uncount(self, pool: _Pool, operation: AcceptOperation) -> None:
+        """An AcceptEx has left the kernel. Needs the lock."""
+        assert self._lock.locked()
+        del pool.operations[operation.address]
+        self._in_use -= 1
+
+    def _discard(self, pool: _Pool, operation: AcceptOperation, status: int) -> None:
         """Drop the socket of an AcceptEx that brought no connection, and replace it."""
         operation.socket.close()
-        if closing:
-            return
         code = winsock_code(status)
-        if operation.reaped:
-            self.reaped += 1
-        elif code != ERROR_OPERATION_ABORTED:
-            self.failed += 1
-            self._failures_in_row += 1
-        if code in RESOURCE_CODES or self._failures_in_row > FAILURES_IN_ROW * self._cap:
-            with self._lock:
+        with self._lock:
+            self._uncount(pool, operation)
+            if self._closing:
+                return
+            if operation.reaped:
+                self.reaped += 1
+            elif code != ERROR_OPERATION_ABORTED:
+                self.failed += 1
+                self._failures_in_row += bool(status) and code not in PEER_GONE
+            if code in RESOURCE_CODES or self._failures_in_row > FAILURES_IN_ROW * self._cap:
                 self._retry_later()
-        else:
-            self.top_up()
+                return
+        self.top_up()
 
     def pause(self) -> None:
         """Take no more connections until `resume`; those that the kernel has accepted already still come."""
         with self._lock:
             self._paused = True
-        for pool in self._pools:
-            pool.listening.cancel()
+            if not self._closing:  # else the handles are no longer ours to cancel
+                for pool in self._pools:
+                    pool.listening.cancel()
 
     def resume(self) -> None:
         """Accept again."""
@@ -207,7 +219,7 @@ class Acceptor:
             waiting = [(pool, operation) for pool in self._pools for operation in pool.operations.values()]
         for pool, operation in waiting:
             seconds = operation.socket.connect_time()
-            if timeout <= seconds < _win32.CONNECT_TIME_NOT_CONNECTED:
+            if timeout <= seconds < NOT_CONNECTED:
                 pool.listening.reap(operation)
 
     def close(self) -> None:
@@ -219,6 +231,6 @@ class Acceptor:
             if self._closing:
                 return
             self._closing = True
-        for pool in self._pools:
-            pool.listening.cancel()
-            pool.listening.close()
+            for pool in self._pools:
+                pool.listening.cancel()
+                pool.listening.close()

@@ -60,7 +60,7 @@ def make_sockaddr(family: int, address: Address) -> bytes:
 
 
 def numeric_family(host: str) -> int | None:
-    """Return the family of a numeric host; None for a name, and for "fe80::1%4", whose zone needs a look-up."""
+    """Return the family of a numeric host; None for a name, and for "fe80::1%4": its zone is a name."""
     for family in (socket.AF_INET, socket.AF_INET6):
         try:
             socket.inet_pton(family, host)

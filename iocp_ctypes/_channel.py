@@ -2,8 +2,9 @@
 
 Laws
 1. One receive at a time: `_reading` is IDLE (nothing posted and nobody delivering), POSTED (the kernel has
-   it) or DELIVERING (its bytes are on the way to on_data, after which the next one is posted). So bytes
-   stay in order, and what on_data does not take in stays with the peer, by TCP's own flow control.
+   it), DELIVERING (its bytes are on the way to on_data, after which the next one is posted) or ENDED (on_eof
+   was called). So bytes stay in order, and what on_data does not take in stays with the peer, by TCP's own
+   flow control.
 2. What may be sent is sent at once, by the thread that sends; the rest queues and goes out as sends complete,
    in the order of the calls.
 3. An operation that the system lacks resources for is issued again later; nothing is lost by it.
@@ -21,14 +22,13 @@ from ._errors import (
     RESOURCE_CODES,
     ConnectionClosedError,
     error_from_code,
-    error_from_status,
     reason_of,
-    winsock_code,
 )
 from ._flow import SEND_SLICE_MAX, Piece
 from ._lifecycle import CloseReason
-from ._lifetime import DELIVERING, IDLE, POSTED, RETRY_FIRST, SMALL_RECEIVE, Lifetime
-from ._proactor import COMPLETED, PENDING, Operation
+from ._lifetime import DELIVERING, ENDED, IDLE, POSTED, RETRY_FIRST, SMALL_RECEIVE, Lifetime
+from ._proactor import COMPLETED, KEPT_DATA_MAX, PENDING, Operation
+from ._sockops import error_code
 
 Buffer = bytes | bytearray | memoryview
 
@@ -64,10 +64,9 @@ class Channel(Lifetime):
         self._run(self._open, first)
 
     def _open(self, first: bytes) -> None:
-        with self._lock:
-            if self._state >= life.JOINING:
-                return  # it was ended before it began; on_close is posted by who did it
-            self._opened = True
+        if self._state >= life.JOINING:
+            return  # ended before it began: no on_connect, and on_close only where connect() owes it
+        self._opened = True
         self._call(self.on_connect)
         with self._lock:
             if self._state < life.JOINING:  # what was asked for before it was connected
@@ -84,22 +83,31 @@ class Channel(Lifetime):
 
     def _received(self, operation: Operation, transferred: int, status: int) -> None:
         """Retire a receive. On an I/O thread. The hot path, in one piece: one strand, one lock, one call."""
-        self._reading = DELIVERING
-        if status or not transferred or self._state != life.OPEN or self._paused:
-            self._received_rarely(operation, transferred, status)
+        if status or not transferred:
+            self._reading = DELIVERING
+            self._received_rarely(operation, status)
             return
+        # Copied first: while _reading is POSTED nobody joins, and so nobody else gets this operation's
+        # buffer.
         data = operation.buffer[:transferred]
-        self.bytes_received += transferred
+        self._reading = DELIVERING
+        if self._state == life.OPEN:  # what comes to a closing connection is dropped
+            self.bytes_received += transferred
         now = monotonic()
-        if self._settings.recv_mode == "auto":
-            if transferred >= SMALL_RECEIVE:
-                self._next_size = self._settings.recv_size
-            else:
-                self._next_size = SMALL_RECEIVE if now - self.last_activity <= BUSY_GAP else 0
+        if (
+            transferred == operation.size
+            or operation.size != SMALL_RECEIVE
+            or now - self.last_activity > BUSY_GAP
+        ):
+            self._resize(transferred, now - self.last_activity)
         self.last_activity = now
         strand = self._strand
         if self._home.executor is not None or not strand.enter():
             strand.post(self._deliver, data)
+            return
+        if self._state != life.OPEN or self._paused:  # looked at on the strand: on_close may have been here
+            self._deliver(data)
+            strand.leave()
             return
         try:
             self.on_data(data)
@@ -115,8 +123,20 @@ class Channel(Lifetime):
                 self._receive_next()
         strand.leave()
 
-    def _received_rarely(self, operation: Operation, transferred: int, status: int) -> None:
-        """Retire a receive that failed, brought EOF, or came to a paused or closing connection."""
+    def _resize(self, transferred: int, gap: float) -> None:
+        """Choose the size of the next receive in mode "auto".
+
+        By what this one brought, and how long it took.
+        """
+        if self._settings.recv_mode != "auto":
+            return
+        if transferred >= SMALL_RECEIVE:
+            self._next_size = self._settings.recv_size
+        else:
+            self._next_size = SMALL_RECEIVE if gap <= BUSY_GAP else 0
+
+    def _received_rarely(self, operation: Operation, status: int) -> None:
+        """Retire a receive that failed, brought EOF, or was the alert of a zero-byte one."""
         eof = False
         with self._lock:
             if self._state >= life.JOINING:
@@ -124,41 +144,20 @@ class Channel(Lifetime):
                 self._join()
             elif status:
                 self._reading = IDLE
-                self._receive_failed(winsock_code(status) or status, status)
+                self._receive_failed(error_code(status))
             elif operation.size == 0:
                 # Bytes or EOF wait: only a receive with a buffer can tell, and it does not wait.
                 self._reading = IDLE
-                if not self._paused:
+                if not self._paused or self._state != life.OPEN:
                     self._post_receive(self._settings.recv_size)
             elif self._state != life.OPEN:
-                self._drop_received(transferred)
-            elif transferred:
-                self._stash_received(operation.buffer[:transferred])
-            else:
                 self._eof_in = True
                 self._reading = IDLE
-                eof = not self._paused  # else resume_reading delivers it, after what was stashed
+                self._advance()
+            else:
+                self._eof_in = eof = True
         if eof:
             self._run(self._deliver_eof)
-
-    def _drop_received(self, transferred: int) -> None:
-        """Receive on while closing: nobody wants these bytes, but unread ones would turn our FIN into RST."""
-        self._reading = IDLE
-        if transferred:
-            self._receive_for_close()
-        else:
-            self._eof_in = True
-            self._advance()
-
-    def _stash_received(self, data: bytes) -> None:
-        """Keep what came to a paused connection. Needs the lock."""
-        self.bytes_received += len(data)
-        self.last_activity = monotonic()
-        self._stash = [*(self._stash or ()), data]
-        if self._paused:
-            self._reading = IDLE
-        else:  # resumed a moment ago
-            self._strand.post(self._deliver_stash)
 
     def _deliver(self, data: bytes) -> None:
         """Hand bytes to on_data, then receive on. On the strand."""
@@ -180,21 +179,25 @@ class Channel(Lifetime):
         """Hand over what came while reading was paused, then receive on. On the strand."""
         while True:
             with self._lock:
-                if self._state != life.OPEN or self._paused or not self._stash:
+                going = self._state == life.OPEN and not self._paused
+                if going and self._stash:
+                    data = self._stash.pop(0)
+                elif going and self._eof_in:
                     break
-                data = self._stash.pop(0)
+                else:  # in the same breath: who resumes from now on finds IDLE, and has the rest delivered
+                    self._receive_next()
+                    return
             self._call(self.on_data, data)
-        if self._eof_in and not self._paused and self._state == life.OPEN:
-            self._deliver_eof()
-        else:
-            with self._lock:
-                self._receive_next()
+        self._deliver_eof()
 
     def _deliver_eof(self) -> None:
-        self._reading = IDLE
-        keep = self._call(self.on_eof)
+        """Tell on_eof, unless reading is paused: then resume_reading has it told. On the strand."""
         with self._lock:
-            if self._state == life.OPEN:
+            told = self._state == life.OPEN and not self._paused
+            self._reading = ENDED if told else IDLE
+        keep = told and self._call(self.on_eof)
+        with self._lock:
+            if told and self._state == life.OPEN:
                 if not keep:
                     self._close(CloseReason.EOF)
                 elif self._eof_out:
@@ -232,14 +235,14 @@ class Channel(Lifetime):
             self._home.engine.dispatcher.completed(operation.address, operation.InternalHigh)
         elif code != PENDING:
             self._reading = IDLE
-            self._receive_failed(code, 0)
+            self._receive_failed(code)
 
-    def _receive_failed(self, code: int, status: int) -> None:
+    def _receive_failed(self, code: int) -> None:
         """A receive could not be issued, or failed. Needs the lock."""
         if code in RESOURCE_CODES:
             self._retry_later()
         else:
-            self._fail(reason_of(code), error_from_status(status) if status else error_from_code(code))
+            self._fail(reason_of(code), error_from_code(code))
 
     # -- sending --------------------------------------------------------------------------------------------
 
@@ -277,12 +280,17 @@ class Channel(Lifetime):
             ):
                 return self._send_queued((data,))
             # The hot path: nothing is before these bytes, so they go straight to the kernel.
-            proactor = self._home.engine.proactor
-            operation = proactor.take_send()
+            sends = self._home.engine.proactor.sends
+            try:
+                operation = sends.pop()
+            except IndexError:
+                operation = Operation()
             operation.load(data)
             code = self._socket.send(operation, self._sent)
             if code == COMPLETED and operation.InternalHigh == length:
-                proactor.give_send(operation)
+                if length <= KEPT_DATA_MAX:
+                    operation.handler = operation.keep = None
+                    sends.append(operation)
                 self.bytes_sent += length
                 self.last_activity = monotonic()
                 return not flow.above
@@ -379,17 +387,22 @@ class Channel(Lifetime):
             self.last_activity = monotonic()
             if transferred != length or status:
                 pieces = kept if isinstance(kept, list) else [Piece(kept, 0, length)]
-                code = winsock_code(status) or status
+                code = error_code(status) if status else 0
                 if not status or code in RESOURCE_CODES:
                     if self._short(pieces, transferred) and status:
                         self._retry_later()
                 else:
-                    self._fail(reason_of(code), error_from_status(status))
+                    self._fail(reason_of(code), error_from_code(code))
             self._flush()
             relieved = self._state == life.OPEN and flow.relieved(self._settings.low_mark)
             self._advance()
         if relieved:
-            self._run(self._call, self.on_drain)
+            self._run(self._deliver_drain)
+
+    def _deliver_drain(self) -> None:
+        """Tell on_drain, unless the connection ended meanwhile. On the strand."""
+        if self._state == life.OPEN:
+            self._call(self.on_drain)
 
     def _try_again(self) -> None:
         """Issue again what the system had no resources for. Needs the lock."""
@@ -401,4 +414,6 @@ class Channel(Lifetime):
         self._flush()
         if self._retry_due is None:
             self._retry_delay = RETRY_FIRST
+        if self._state == life.OPEN and self._flow.relieved(self._settings.low_mark):
+            self._strand.post(self._deliver_drain)
         self._advance()

@@ -47,11 +47,10 @@ class Echo(Connection):
 
 def echo(address: Address, stats: bool, options: Mapping[str, Any]) -> int:
     """Serve the echo until Ctrl-C, with options of Server; returns the exit code."""
-    server = Server(address, Echo, **options)
-    server.start()
-    for bound in server.addresses:
-        print(f"listening on {format_address(bound)}", flush=True)
-    server.serve_forever()
+    with Server(address, Echo, **options) as server:
+        for bound in server.addresses:
+            print(f"listening on {format_address(bound)}", flush=True)
+        server.serve_forever()
     if stats:
         _print_figures(server.stats())
     return 0
@@ -108,20 +107,16 @@ def counted_calls() -> Iterator[Counter[str]]:
     calls: Counter[str] = Counter()
     lock = threading.Lock()
 
-    def count(name: str) -> None:
-        with lock:
-            calls[name] += 1
-
-    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+    def counted(name: str, native: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
-            count(function.__name__)
-            return function(*args)
+            with lock:
+                calls[name] += 1
+            return native(*args)
 
         return call
 
     def counted_extension(handle: int, family: int, name: str) -> Any:
-        count(name)  # an extension function is asked for each time it is called
-        return extension(handle, family, name)
+        return counted(name, extension(handle, family, name))
 
     extension = _sockops._extension
     natives = {
@@ -130,7 +125,7 @@ def counted_calls() -> Iterator[Counter[str]]:
         if hasattr(thing, "errcheck") and not isinstance(thing, type)  # a function object of ctypes
     }
     try:
-        vars(_win32).update({name: counted(native) for name, native in natives.items()})
+        vars(_win32).update({name: counted(native.__name__, native) for name, native in natives.items()})
         vars(_sockops).update(_extension=counted_extension)
         yield calls
     finally:
@@ -141,10 +136,11 @@ def counted_calls() -> Iterator[Counter[str]]:
 async def _clients(address: Address, clients: int, messages: int) -> int:
     """Connect all, then exchange on all, then close all; returns how many exchanges were right."""
     connecting = asyncio.Semaphore(CONNECTING_MAX)
+    streams: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
-    async def connect() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async def connect() -> None:
         async with connecting:
-            return await asyncio.open_connection(*address[:2])
+            streams.append(await asyncio.open_connection(*address[:2]))
 
     async def exchange(number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> int:
         good = 0
@@ -154,9 +150,10 @@ async def _clients(address: Address, clients: int, messages: int) -> int:
             good += await reader.readexactly(len(sent)) == sent
         return good
 
-    streams = await asyncio.gather(*(connect() for _ in range(clients)))
-    good = sum(await asyncio.gather(*(exchange(number, *stream) for number, stream in enumerate(streams))))
-    for _reader, writer in streams:
-        writer.close()
-    await asyncio.gather(*(writer.wait_closed() for _reader, writer in streams))
-    return good
+    try:
+        await asyncio.gather(*(connect() for _ in range(clients)))
+        return sum(await asyncio.gather(*(exchange(number, *ends) for number, ends in enumerate(streams))))
+    finally:
+        for _reader, writer in streams:
+            writer.close()
+        await asyncio.gather(*(writer.wait_closed() for _reader, writer in streams), return_exceptions=True)

@@ -5,8 +5,8 @@ Laws
    and no thread.
 2. The addresses of a name are tried in turn, families interleaved, a new attempt STAGGER seconds after the
    last one began or as soon as one fails (RFC 8305); the first that connects wins, the others are cancelled.
-3. `done` is called exactly once, on an I/O thread: with a socket as soon as there is one, or with why not once
-   no attempt is in flight. A look-up is not waited for after a time-out or a cancel: the system may take long.
+3. `done` is called exactly once, on an I/O thread: with a socket as soon as there is one, or with why not
+   once no attempt is in flight. After a time-out or a cancel a look-up is not waited for: it may take long.
 4. Success and giving up meet under the lock, the first wins. A socket whose attempt came too late is closed
    when its packet is retired, never before.
 5. It stands in for the socket of a connection: `cancel` and `close` are what a closing connection calls.
@@ -22,10 +22,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from ._addresses import Address, format_address, interleave, numeric_family
-from ._errors import ERROR_OPERATION_ABORTED, error_from_code, error_from_status
+from ._errors import ERROR_OPERATION_ABORTED, error_from_code
 from ._options import KeepAlive
 from ._proactor import COMPLETED, PENDING, Operation
-from ._sockops import OverlappedSocket, open_socket
+from ._sockops import OverlappedSocket, error_code, open_socket
 
 if TYPE_CHECKING:
     from ._deadlines import Deadline
@@ -189,7 +189,7 @@ class Connector:
             if self._over or status:
                 sock.close()
                 if status and not self._over:
-                    self._error = self._error or error_from_status(status, self._where)
+                    self._error = self._error or error_from_code(error_code(status), self._where)
             else:
                 error = self._finish(sock)
                 if error is None:

@@ -119,7 +119,8 @@ class Dispatcher:
     def is_io_thread(self) -> bool:
         """Return whether the calling thread is one of this dispatcher's."""
         ident = threading.get_ident()
-        return any(worker.ident == ident for worker in tuple(self._workers))
+        with self._lock:
+            return any(worker.ident == ident for worker in self._workers)
 
     @property
     def threads(self) -> int:
@@ -156,6 +157,7 @@ class Dispatcher:
 
     def _fill(self) -> None:
         """Let as many threads serve as may. Needs the lock."""
+        assert self._lock.locked()
         while len(self._serving) < self._running_max and not self._stopping:
             if self._reserve:
                 worker = self._reserve.pop()
@@ -181,15 +183,18 @@ class Dispatcher:
                 break
 
     def _run(self, me: _Worker) -> None:
+        me.ident = threading.get_ident()
         try:
             self._serve(me)
+        except OSError:
+            log.critical("an I/O thread could not take packets off the port", exc_info=True)
         finally:
             with self._lock:
                 self._workers.discard(me)
                 self._serving.pop(me.ident, None)
                 if me in self._reserve:
                     self._reserve.remove(me)
-            if self._stopping:
+            if self._stopping or self._ready:
                 self._wake_next()
 
     def _wake_next(self) -> None:
@@ -213,6 +218,8 @@ class Dispatcher:
             if count:
                 self.reaps += 1
                 self.packets += count
+                if count > 1 and self._running_max > 1 and len(self._serving) > 1:
+                    self._wake_next()  # the next takes its share of what was reaped
             if looking(False):
                 self._later(STALL_CHECK, self._look)
             # What becomes ready meanwhile waits for the next round, after what the port has: nobody is
@@ -246,10 +253,14 @@ class Dispatcher:
                 me.relieved = False
                 self._serving[me.ident] = me
                 return True
-            if len(self._reserve) >= RESERVE_MAX:
-                return False
-            me.busy = False
-            self._reserve.append(me)
+            full = len(self._reserve) >= RESERVE_MAX
+            if not full:
+                me.busy = False
+                self._reserve.append(me)
+        if self._ready:
+            self._wake_next()  # it may have reaped these itself, before it saw that it was relieved
+        if full:
+            return False
         me.gate.acquire()
         me.busy = True
         return not self._stopping
@@ -280,5 +291,7 @@ class Dispatcher:
         self._looking.release()
         # A thread may have become busy before the release: then it found the looking on, so it is switched
         # on here.
-        if any(worker.busy for worker in tuple(self._serving.values())) and self._looking.acquire(False):
+        with self._lock:
+            busy = any(worker.busy for worker in self._serving.values())
+        if busy and self._looking.acquire(False):
             self._later(STALL_CHECK, self._look)

@@ -11,6 +11,7 @@ Laws
 from __future__ import annotations
 
 import errno
+import sys
 from typing import Final, NamedTuple
 
 from ._lifecycle import CloseReason
@@ -155,7 +156,7 @@ TABLE: Final[tuple[Failure, ...]] = (
     ),
     _row(
         (0xC000009A, 0xC0000017, 0xC0000044, 0xC000012D),
-        (8, 1450, 1453, 1455),
+        (8, 1450, 1453, 1455, 1816),
         10055,
         OSError,
         "ENOBUFS",
@@ -201,7 +202,7 @@ _BY_STATUS: Final = {status: row for row in TABLE for status in row.statuses}
 _BY_CODE: Final = {code: row for row in reversed(TABLE) for code in (*row.win32, row.winsock)}
 
 #: Codes after which the same call may succeed a moment later.
-RESOURCE_CODES: Final = frozenset({WSAENOBUFS, WSAEWOULDBLOCK, WSAEMFILE, 8, 4, 1450, 1453, 1455})
+RESOURCE_CODES: Final = frozenset({WSAENOBUFS, WSAEWOULDBLOCK, WSAEMFILE, 8, 4, 1450, 1453, 1455, 1816})
 
 
 def winsock_code(status: int) -> int:
@@ -245,7 +246,8 @@ def error_from_status(status: int, what: str = "") -> OSError:
 def _make(kind: type[OSError], errno_name: str, code: int, what: str, text: str) -> OSError:
     number = getattr(errno, errno_name, errno.EIO)
     message = f"{what}: {text}" if what else text
-    exc = kind(number, f"[WinError {code}] {message}" if code else message)
+    # On Windows str() of an exception that has a winerror begins with it.
+    exc = kind(number, f"[WinError {code}] {message}" if code and sys.platform != "win32" else message)
     if code:
         exc.winerror = code
     return exc

@@ -22,8 +22,8 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
 from . import _lifecycle as life
-from ._addresses import Address, parse_sockaddr
-from ._errors import reason_of
+from ._addresses import Address
+from ._errors import ConnectionClosedError, reason_of
 from ._flow import WriteFlow
 from ._lifecycle import CloseReason
 from ._options import Settings
@@ -44,9 +44,16 @@ SMALL_RECEIVE: Final = 1024
 RETRY_FIRST: Final = 0.010
 RETRY_MAX: Final = 1.0
 
+#: Seconds that a closing connection waits, at the least, for a peer to take something of what is still to
+#: be sent: on Windows a send shows no progress before it is complete.
+DRAIN_PATIENCE_MIN: Final = 30.0
+#: Seconds to wait for the lock where a finalizer closes a connection in the middle of another's locked
+#: section.
+FINALIZER_PATIENCE: Final = 1.0
+
 #: Where a connection's receiving is: nothing posted and nobody delivering; the kernel has a receive; its
-#: bytes are on the way to on_data.
-IDLE, POSTED, DELIVERING = 0, 1, 2
+#: bytes are on the way to on_data, or EOF to on_eof; on_eof had its call.
+IDLE, POSTED, DELIVERING, ENDED = 0, 1, 2, 3
 
 #: Connections share these locks by number. CPython on Windows makes a kernel semaphore for every lock, and a
 #: lock is held only for moments that never block, so thousands of connections do with a few. Reentrant,
@@ -79,6 +86,7 @@ class Lifetime:
         "_error",
         "_flow",
         "_home",
+        "_idle_since",
         "_linger_due",
         "_lock",
         "_next_size",
@@ -92,6 +100,7 @@ class Lifetime:
         "_retry_due",
         "_server",
         "_settings",
+        "_silent_since",
         "_socket",
         "_stash",
         "_state",
@@ -112,7 +121,7 @@ class Lifetime:
         self.id = next(_numbers)
         self.data: Any = None
         self.bytes_received = self.bytes_sent = 0
-        self.connected_at = self.last_activity = monotonic()
+        self.connected_at = self.last_activity = self._silent_since = self._idle_since = monotonic()
         self._server = server
         self._home = home
         self._socket: Any = sock
@@ -210,6 +219,8 @@ class Lifetime:
             return None
 
     def _callback_raised(self, exc: BaseException) -> None:
+        if isinstance(exc, ConnectionClosedError) and self._state != life.OPEN:
+            return  # it sent on a connection that ended under it, which is nobody's mistake
         with self._lock:
             aborted = ConnectionAbortedError(errno.ECONNABORTED, f"a callback raised {type(exc).__name__}")
             aborted.__cause__ = exc
@@ -222,8 +233,10 @@ class Lifetime:
         Only for handlers called by the dispatcher itself: anybody else may be inside another callback.
         """
         if self._home.executor is None and self._strand.enter():
-            task(*args)
-            self._strand.leave()
+            try:
+                task(*args)
+            finally:
+                self._strand.leave()
         else:
             self._strand.post(task, *args)
 
@@ -237,6 +250,20 @@ class Lifetime:
             return False
         self._state = state
         return True
+
+    def _end_by(self, ending: Callable[..., None], *args: Any) -> None:
+        """Take the lock and call `ending`; where a finalizer is what closes, do it later.
+
+        A garbage collection may run one anywhere, inside a section that holds this very lock or another's.
+        """
+        lock = self._lock
+        if lock._is_owned() or not lock.acquire(timeout=FINALIZER_PATIENCE):
+            self._home.engine.dispatcher.call_soon(lambda: self._end_by(ending, *args))
+            return
+        try:
+            ending(*args)
+        finally:
+            lock.release()
 
     def _close(self, reason: CloseReason) -> None:
         """Close gracefully: send what is queued, then FIN, then wait for the peer's. Needs the lock."""
@@ -321,15 +348,16 @@ class Lifetime:
 
     def _next_due(self) -> float | None:
         """When this connection wants to be looked at. Needs the lock."""
+        assert self._lock._is_owned()
         due = [at for at in (self._retry_due, self._linger_due) if at is not None]
         if self._state == life.OPEN:
             settings = self._settings
             if self._deadline is not None:
                 due.append(self._deadline)
             if settings.idle_timeout is not None:
-                due.append(self.last_activity + settings.idle_timeout)
-            if settings.silent_timeout is not None and not self.bytes_received:
-                due.append(self.connected_at + settings.silent_timeout)
+                due.append(max(self.last_activity, self._idle_since) + settings.idle_timeout)
+            if settings.silent_timeout is not None and self._is_silent():
+                due.append(self._silent_since + settings.silent_timeout)
         return min(due) if due else None
 
     def _arm(self) -> None:
@@ -353,7 +381,9 @@ class Lifetime:
     def _on_time(self) -> None:
         """Look what is due. On the watchdog's thread."""
         with self._lock:
-            self._timer = None
+            timer, self._timer = self._timer, None
+            if timer is not None:  # a newer one may have been armed since this one came up
+                self._home.engine.watchdog.cancel(timer)
             now = monotonic()
             if self._retry_due is not None and self._retry_due <= now:
                 self._retry_due = None
@@ -373,11 +403,8 @@ class Lifetime:
             self._arm()
 
     def _linger_over(self, now: float) -> None:
-        """The peer took nothing, or did not close, for linger_timeout: end it.
-
-        A peer that still reads gets on.
-        """
-        patience = self.last_activity + self._settings.linger_timeout
+        """The peer did not close for linger_timeout, or took nothing for even longer: end it."""
+        patience = self.last_activity + max(DRAIN_PATIENCE_MIN, self._settings.linger_timeout)
         if self._state == life.DRAINING and patience > now:
             self._linger_due = patience
             return
@@ -392,18 +419,26 @@ class Lifetime:
     def _expire(self, now: float) -> None:
         settings = self._settings
         silent, idle = settings.silent_timeout, settings.idle_timeout
-        if silent is not None and not self.bytes_received and self.connected_at + silent <= now:
+        if silent is not None and self._is_silent() and self._silent_since + silent <= now:
             text = f"not one byte came within silent_timeout={silent:g} s"
             self._fail(CloseReason.SILENT, TimeoutError(errno.ETIMEDOUT, text))
         elif self._deadline is not None and self._deadline <= now:
             self._deadline = None
             self._strand.post(self._deliver_timeout, CloseReason.DEADLINE, "the deadline passed")
-        elif idle is not None and self.last_activity + idle <= now:
-            self.last_activity = now  # so that it comes again only after another idle_timeout
-            self._strand.post(self._deliver_timeout, CloseReason.IDLE, f"nothing came or went for {idle:g} s")
+        elif idle is not None and max(self.last_activity, self._idle_since) + idle <= now:
+            self._idle_since = now  # it comes again after another idle_timeout at the earliest
+            if self._reading != DELIVERING:  # else on_data is at work, which is not idle
+                text = f"nothing came or went for {idle:g} s"
+                self._strand.post(self._deliver_timeout, CloseReason.IDLE, text, self.last_activity)
 
-    def _deliver_timeout(self, reason: CloseReason, text: str) -> None:
-        if self._state != life.OPEN or self._call(self.on_timeout, reason.value):
+    def _is_silent(self) -> bool:
+        return not self.bytes_received and not self._paused
+
+    def _deliver_timeout(self, reason: CloseReason, text: str, seen: float | None = None) -> None:
+        """Tell on_timeout, unless something came or went since the idleness was `seen`. On the strand."""
+        if self._state != life.OPEN or (seen is not None and seen != self.last_activity):
+            return
+        if self._call(self.on_timeout, reason.value):
             return
         with self._lock:
             self._fail(reason, TimeoutError(errno.ETIMEDOUT, text))

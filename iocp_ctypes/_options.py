@@ -10,9 +10,10 @@ Laws
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple, TypedDict
+from typing import Any, Final, Generic, NamedTuple, TypedDict, TypeVar, overload
+
+T = TypeVar("T")
 
 KIB: Final = 1024
 MIB: Final = 1024 * 1024
@@ -120,16 +121,16 @@ def _whole(low: int, high: int, none: bool = False) -> Check:
     return check
 
 
-def _seconds(none: bool, zero: bool = False) -> Check:
-    low = "0" if zero else "more than 0"
-    allowed = f"a number of seconds ({low}, at most {SECONDS_MAX:.0f})" + (" or None" if none else "")
+def _seconds(none: bool, zero: bool = False, high: float | None = None) -> Check:
+    low, most = "0 or more" if zero else "more than 0", SECONDS_MAX if high is None else high
+    allowed = f"a number of seconds ({low}, at most {most:.0f})" + (" or None" if none else "")
 
     def check(name: str, value: Any) -> Any:
         if value is None and none:
             return None
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name}={value!r}: must be {allowed}")
-        if math.isnan(value) or value > SECONDS_MAX or value < 0 or (value == 0 and not zero):
+        if not 0 <= value <= most or (value == 0 and not zero):  # so put, NaN is refused as well
             raise ValueError(f"{name}={value!r}: must be {allowed}")
         return float(value)
 
@@ -165,17 +166,20 @@ def _choice(*choices: str) -> Check:
 def _keepalive(name: str, value: Any) -> Any:
     if value is None:
         return None
-    one = _seconds(none=False)
-    if isinstance(value, tuple):
-        if len(value) != 2:
-            raise ValueError(f"{name}={value!r}: must be seconds, (idle, interval) in seconds, or None")
-        return one(name, value[0]), one(name, value[1])
-    return one(name, value)
+    one = _seconds(none=False, high=KEEPALIVE_MAX)
+    parts = value if isinstance(value, tuple) else (value, value)
+    allowed = f"seconds (more than 0, at most {KEEPALIVE_MAX:.0f}), (idle, interval) in such seconds, or None"
+    try:
+        idle, interval = (one(name, part) for part in parts)
+    except (TypeError, ValueError) as exc:
+        raise type(exc)(f"{name}={value!r}: must be {allowed}") from None
+    return (idle, interval) if parts is value else idle
 
 
-#: A year: longer timeouts are a mistake in the unit, and a DWORD of milliseconds ends at 49 days for
-#: keepalive.
+#: A year: longer timeouts are a mistake in the unit.
 SECONDS_MAX: Final = 365 * 86400.0
+#: 49 days: Windows takes these times as a DWORD of milliseconds.
+KEEPALIVE_MAX: Final = 4_294_967.0
 
 OPTIONS: Final[dict[str, Option]] = {
     "backlog": Option(_whole(1, 10_000), "AcceptEx operations kept posted by the server"),
@@ -250,3 +254,29 @@ def check_marks(settings: Settings) -> Settings:
             f" which is {settings.write_buffer_max}"
         )
     return settings
+
+
+class Live(Generic[T]):
+    """An option as an attribute that may be set while its owner runs.
+
+    The owner's `_change` says what that does.
+    """
+
+    def __init__(self, name: str) -> None:
+        """Name the option."""
+        self._name = name
+
+    @overload
+    def __get__(self, owner: None, kind: type) -> Live[T]: ...
+    @overload
+    def __get__(self, owner: object, kind: type) -> T: ...
+    def __get__(self, owner: Any, kind: type) -> Live[T] | T:
+        """Read the option's value in the owner's settings."""
+        if owner is None:
+            return self
+        value: T = getattr(owner._settings, self._name)
+        return value
+
+    def __set__(self, owner: Any, value: T) -> None:
+        """Check and set it."""
+        owner._change(self._name, value)

@@ -110,6 +110,8 @@ class Operation(_win32.TRANSFER):
 
 #: Operations kept for use again: enough for what is in flight at a busy moment, little enough to forget.
 KEPT_MAX: Final = 64
+#: Bytes of the receives that are kept, per size.
+KEPT_BYTES_MAX: Final = 1024 * 1024
 #: A kept send forgets its data where that is larger than this, so that what is kept stays small.
 KEPT_DATA_MAX: Final = 4096
 
@@ -149,7 +151,7 @@ class Proactor:
         """Take back a receive that has left the pending table."""
         operation.handler = None
         free = self._receives.setdefault(operation.size, [])
-        if len(free) < KEPT_MAX:
+        if len(free) < KEPT_MAX and (len(free) + 1) * operation.size <= KEPT_BYTES_MAX:
             free.append(operation)
 
     def take_send(self) -> Operation:

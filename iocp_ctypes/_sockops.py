@@ -17,19 +17,20 @@ from __future__ import annotations
 
 import ctypes
 import socket
-from ctypes import addressof, byref, c_int, c_void_p, sizeof, string_at
+from ctypes import addressof, byref, c_int, c_void_p, get_last_error, sizeof, string_at
 from typing import Any, Final
 
 from . import _win32
 from ._addresses import Address, format_address, make_sockaddr
-from ._errors import error_from_code
+from ._errors import error_from_code, winsock_code
 from ._options import KeepAlive
 from ._port import CompletionPort
 from ._proactor import COMPLETED, PENDING, Handler, Operation, Proactor
 
+#: What `connect_time` says of a socket that no peer has connected to.
+NOT_CONNECTED: Final = _win32.CONNECT_TIME_NOT_CONNECTED
 #: What AcceptEx's buffer holds after the data: two addresses.
 _ACCEPT_ADDRESSES: Final = 2 * _win32.ACCEPT_ADDRESS_SIZE
-_YES: Final = c_int(1)
 _RESET_ON_CLOSE: Final = _win32.LINGER(1, 0)
 
 _startup_data = ctypes.create_string_buffer(512)
@@ -83,6 +84,11 @@ def provider_is_ifs(handle: int, family: int) -> bool:
         known = not failed and bool(info.dwServiceFlags1 & _win32.XP1_IFS_HANDLES)
         _ifs_families[family] = known
     return known
+
+
+def error_code(status: int) -> int:
+    """Return the Winsock code of an NTSTATUS, or the Win32 code that the system has for it."""
+    return winsock_code(status) or int(_win32.RtlNtStatusToDosError(status & 0xFFFFFFFF))
 
 
 class OverlappedSocket:
@@ -146,8 +152,8 @@ class OverlappedSocket:
         )
 
     def connect_time(self) -> int:
-        """Seconds since the peer connected, or CONNECT_TIME_NOT_CONNECTED."""
-        seconds = _win32.DWORD(_win32.CONNECT_TIME_NOT_CONNECTED)
+        """Seconds since the peer connected, or NOT_CONNECTED."""
+        seconds = _win32.DWORD(NOT_CONNECTED)
         length = c_int(sizeof(seconds))
         _win32.getsockopt(
             self._handle, _win32.SOL_SOCKET, _win32.SO_CONNECT_TIME, byref(seconds), byref(length)
@@ -171,7 +177,10 @@ class OverlappedSocket:
             self._argument, operation.wsabuf, 1, None, operation.flags_argument, operation.overlapped, None
         ):
             return COMPLETED if self.skips else PENDING
-        return self._proactor.settle(operation)
+        code = get_last_error()
+        if code != PENDING:
+            del self._pending[operation.address]
+        return code
 
     def send(self, operation: Operation, handler: Handler, vector: Any = None, count: int = 1) -> int:
         """Issue a send of what the operation was loaded with: COMPLETED, PENDING or an error code.
@@ -276,7 +285,7 @@ class AcceptOperation(Operation):
 class ListeningSocket:
     """A bound and listening socket whose connections come by AcceptEx."""
 
-    __slots__ = ("_handle", "_proactor", "_python", "address", "family")
+    __slots__ = ("_accept_ex", "_addresses_of", "_handle", "_proactor", "_python", "address", "family")
 
     def __init__(self, python_socket: socket.socket, proactor: Proactor, port: CompletionPort) -> None:
         """Own a listening `socket.socket` and bind it to a port."""
@@ -285,6 +294,8 @@ class ListeningSocket:
         self._proactor = proactor
         self.family = int(python_socket.family)
         self.address: Address = python_socket.getsockname()
+        self._accept_ex = _extension(self._handle, self.family, "AcceptEx")
+        self._addresses_of = _extension(self._handle, self.family, "GetAcceptExSockaddrs")
         port.associate(self._handle)
 
     def accept(self, handler: Handler, data_size: int, home: Any) -> tuple[AcceptOperation | None, int]:
@@ -309,7 +320,7 @@ class ListeningSocket:
         operation = AcceptOperation(accepted, data_size, home)
         operation.handler = handler
         self._proactor.pending[operation.address] = operation
-        if _extension(self._handle, self.family, "AcceptEx")(
+        if self._accept_ex(
             self._handle,
             handle,
             addressof(operation.buffer),
@@ -340,7 +351,7 @@ class ListeningSocket:
         )
         local, peer = c_void_p(), c_void_p()
         local_length, peer_length = c_int(), c_int()
-        _extension(self._handle, self.family, "GetAcceptExSockaddrs")(
+        self._addresses_of(
             addressof(operation.buffer),
             operation.data_size,
             _win32.ACCEPT_ADDRESS_SIZE,
@@ -364,7 +375,11 @@ class ListeningSocket:
         _win32.CancelIoEx(self._handle, operation.address)
 
     def close(self) -> None:
-        """Stop listening; AcceptEx operations complete as cancelled."""
+        """Stop listening; AcceptEx operations complete as cancelled.
+
+        The caller holds the lock of their pool.
+        """
+        self._handle = _win32.INVALID_SOCKET  # before the system gives the number to another socket
         self._python.close()
 
 

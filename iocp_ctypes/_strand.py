@@ -40,7 +40,12 @@ class Strand:
 
         False where somebody runs or tasks wait (then `post` instead).
         """
-        return not self._tasks and self._take()
+        if self._tasks:
+            return False
+        try:
+            return self._token.pop()
+        except IndexError:
+            return False
 
     def _take(self) -> bool:
         try:

@@ -34,7 +34,7 @@ from typing import Any, Final
 BOOL = c_int32
 DWORD = c_uint32
 ULONG = c_uint32
-NTSTATUS = c_int32
+NTSTATUS = c_uint32  # signed in ntdef.h; unsigned is how they are written
 ULONG_PTR = c_size_t
 HANDLE = c_size_t
 SOCKET = c_size_t
@@ -234,7 +234,7 @@ def handle_argument(handle: int) -> Any:
 
 if sys.platform == "win32":
     from _ctypes import FUNCFLAG_PYTHONAPI, FUNCFLAG_STDCALL
-    from ctypes import WINFUNCTYPE, WinDLL, get_last_error
+    from ctypes import WINFUNCTYPE, WinDLL
 
     _kernel32 = WinDLL("kernel32", use_last_error=True)
     _ws2_32 = WinDLL("ws2_32", use_last_error=True)
@@ -445,9 +445,11 @@ if sys.platform == "win32":
         return hasattr(_ntdll, "wine_get_version")
 else:
 
-    def get_last_error() -> int:
-        """Raise: there is no Windows below."""
-        raise ImportError(f"iocp_ctypes needs Windows: {sys.platform} has no completion ports")
+    def __getattr__(name: str) -> Any:
+        # Functions and prototypes; what asks for a dunder name only looks around.
+        if name.startswith("__"):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        raise ImportError(f"iocp_ctypes needs Windows for {name}: {sys.platform} has no completion ports")
 
     def is_wine() -> bool:
         """Return False: this is not Windows at all."""

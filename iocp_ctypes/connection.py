@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
+from time import monotonic
 from typing import Any
 
 from . import _lifecycle as life
@@ -99,24 +100,21 @@ class Connection(Channel):
     def close(self) -> None:
         """Close gracefully: send what is queued, send FIN, wait up to `linger_timeout` for the peer's, close.
 
-        What arrives meanwhile is dropped. A peer that takes no byte for `linger_timeout` is cut off. Any
+        What arrives meanwhile is dropped. A peer that takes nothing for half a minute is cut off. Any
         thread; never blocks; again is a no-op.
         """
-        with self._lock:
-            self._close(CloseReason.LOCAL)
+        self._end_by(self._close, CloseReason.LOCAL)
 
     def abort(self) -> None:
         """Close at once: what is queued is dropped and the peer sees a reset. Any thread; never blocks."""
         self._abort(CloseReason.ABORTED)
 
     def _abort(self, reason: CloseReason) -> None:
-        with self._lock:
-            self._fail(reason, None, reset=True)
+        self._end_by(self._fail, reason, None, True)
 
     def _shutdown(self) -> None:
         """The server stops: close gracefully, and say why."""
-        with self._lock:
-            self._close(CloseReason.SHUTDOWN)
+        self._end_by(self._close, CloseReason.SHUTDOWN)
 
     def wait_closed(self, timeout: float | None = None) -> bool:
         """Wait until on_close has returned.
@@ -174,6 +172,8 @@ class Connection(Channel):
                     self._strand.post(self._deliver_stash)
                 elif self._retry_due is None:
                     self._post_receive(self._next_size)
+            self._silent_since = monotonic()  # while we did not look, silence meant nothing
+            self._arm()
 
     def set_deadline(self, seconds: float | None) -> None:
         """Call on_timeout("deadline") after this many seconds, whatever comes or goes; None: never.
@@ -194,9 +194,10 @@ class Connection(Channel):
 
         Raises ConnectionClosedError where the connection is closed. Any thread; never blocks.
         """
-        if self.closed:
-            raise ConnectionClosedError(f"connection {self.id} is closed")
-        self._strand.post(self._call, function, *args)
+        with self._lock:  # on_close is posted under it: what is posted before comes before
+            if self._state == life.CLOSED:
+                raise ConnectionClosedError(f"connection {self.id} is closed")
+            self._strand.post(self._call, function, *args)
 
     # -- properties -----------------------------------------------------------------------------------------
 

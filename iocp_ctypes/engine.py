@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
 
-from ._dispatcher import Dispatcher
+from ._dispatcher import STALLED_MAX, Dispatcher
 from ._options import check_option
 from ._port import CompletionPort
 from ._proactor import Proactor
@@ -60,7 +60,10 @@ class Engine:
         """
         check_option("io_threads", io_threads)
         running = io_threads or default_io_threads()
-        self.port = CompletionPort(concurrency=running)
+        # The kernel counts a thread as running while its callback computes, and would hold packets back
+        # from the thread that takes over. How many serve at a time is therefore the dispatcher's business
+        # alone.
+        self.port = CompletionPort(concurrency=running + STALLED_MAX)
         self.proactor = Proactor()
         self.watchdog = Watchdog()
         self.dispatcher = Dispatcher(self.port, self.proactor, running, self.watchdog.later)
@@ -144,7 +147,7 @@ class Engine:
         return self._stop(timeout) if self._was_last(user) else True
 
     def leave_soon(self, user: Any) -> None:
-        """End using the engine; if that was the last one, it stops a moment later. Any thread; never blocks."""
+        """End using the engine; if that was the last, it stops a moment later. Any thread; never blocks."""
         if self._was_last(user):
             self.watchdog.later(0.0, self._stop_soon)
 

@@ -14,10 +14,10 @@ from __future__ import annotations
 import logging
 import socket
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Final
 
 from ._acceptor import SILENT_LOOK_MAX, Acceptor
 from ._addresses import Address, check_addresses, format_address, parse_sockaddr, resolve_listening
@@ -25,7 +25,7 @@ from ._channel import Buffer, as_bytes
 from ._errors import ConnectionClosedError
 from ._lifecycle import CloseReason
 from ._lifetime import Home
-from ._options import ServerOptions, Settings, Usage, change, make_settings
+from ._options import Live, ServerOptions, Settings, Usage, change, make_settings
 from ._sockops import ListeningSocket, OverlappedSocket, listen
 from ._stats import Stats
 from .connection import Connection
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 Handler = type[Connection] | Callable[["Server", Address], Connection]
-T = TypeVar("T")
 
 #: Seconds that Ctrl-C leaves for a graceful end; with the poll interval it makes less than half a second.
 INTERRUPT_TIMEOUT: Final = 0.15
@@ -50,26 +49,6 @@ REAPED: Final = (CloseReason.SILENT, CloseReason.IDLE, CloseReason.DEADLINE)
 log = logging.getLogger("iocp_ctypes")
 
 
-class _Live(Generic[T]):
-    """An option that may change while the server runs; it holds for the connections to come."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    @overload
-    def __get__(self, server: None, owner: type[Server]) -> _Live[T]: ...
-    @overload
-    def __get__(self, server: Server, owner: type[Server]) -> T: ...
-    def __get__(self, server: Server | None, owner: type[Server]) -> _Live[T] | T:
-        if server is None:
-            return self
-        value: T = getattr(server._settings, self._name)
-        return value
-
-    def __set__(self, server: Server, value: T) -> None:
-        server._change(self._name, value)
-
-
 class Server:
     """A TCP server on a completion port.
 
@@ -77,15 +56,15 @@ class Server:
     Thread-safe.
     """
 
-    silent_timeout = _Live[float | None]("silent_timeout")
-    idle_timeout = _Live[float | None]("idle_timeout")
-    linger_timeout = _Live[float]("linger_timeout")
-    max_connections = _Live[int | None]("max_connections")
-    max_per_host = _Live[int | None]("max_per_host")
-    recv_mode = _Live[str]("recv_mode")
-    high_mark = _Live[int]("high_mark")
-    low_mark = _Live[int]("low_mark")
-    write_buffer_max = _Live[int]("write_buffer_max")
+    silent_timeout = Live[float | None]("silent_timeout")
+    idle_timeout = Live[float | None]("idle_timeout")
+    linger_timeout = Live[float]("linger_timeout")
+    max_connections = Live[int | None]("max_connections")
+    max_per_host = Live[int | None]("max_per_host")
+    recv_mode = Live[str]("recv_mode")
+    high_mark = Live[int]("high_mark")
+    low_mark = Live[int]("low_mark")
+    write_buffer_max = Live[int]("write_buffer_max")
 
     def __init__(
         self,
@@ -138,6 +117,7 @@ class Server:
         self._acceptor: Acceptor | None = None
         self._workers: WorkThreads | None = None
         self._home: Home | None = None
+        self._parked: deque[tuple[OverlappedSocket, bytes]] = deque()  # accepted above max_connections
         self._stopping = False
         self._stopped = threading.Event()
         self._shutdown_wanted = threading.Event()
@@ -178,8 +158,13 @@ class Server:
                 executor=workers.executor if workers else None,
                 is_callback_thread=self._is_callback_thread,
             )
+            try:
+                listening = [ListeningSocket(sock, engine.proactor, engine.port) for sock in self._sockets]
+            except BaseException:
+                engine.leave(self)
+                raise
             self._acceptor = Acceptor(
-                [ListeningSocket(sock, engine.proactor, engine.port) for sock in self._sockets],
+                listening,
                 engine.watchdog,
                 settings.backlog,
                 settings.accept_data,
@@ -245,6 +230,12 @@ class Server:
         self._shutdown_wanted.set()
         self.server_close()
         deadline = monotonic() + timeout
+        with self._lock:
+            parked = list(self._parked)
+            self._parked.clear()
+        for sock, _first in parked:
+            sock.close()
+            self._release("refused")
         for connection in self.connections:
             connection._shutdown()
         gone = self._wait_gone(deadline)
@@ -290,6 +281,15 @@ class Server:
         most = self._settings.max_connections
         return 1 << 30 if most is None else most - self._open
 
+    def _is_full(self, leaving: int) -> bool:
+        """Whether more are accepted than may be served, counting `leaving` of those parked out.
+
+        Needs the lock.
+        """
+        assert self._lock.locked()
+        most = self._settings.max_connections
+        return most is not None and self._open - len(self._parked) + leaving > most
+
     def _admit(self) -> None:
         with self._lock:
             self._open += 1
@@ -303,6 +303,11 @@ class Server:
         self._refill()
 
     def _refill(self) -> None:
+        """A connection has ended: let the next in."""
+        with self._lock:
+            waiting = self._parked.popleft() if self._parked and not self._is_full(1) else None
+        if waiting is not None:
+            self._accepted(*waiting)
         if self._settings.max_connections is not None and self._acceptor is not None:
             self._acceptor.top_up()
 
@@ -310,6 +315,10 @@ class Server:
         """Make a connection of an accepted socket, or turn it away."""
         assert self._home is not None
         settings = self._settings
+        with self._lock:
+            if self._is_full(0) and not self._stopping:
+                self._parked.append((sock, first))
+                return
         peer = parse_sockaddr(sock.peer_raw)
         if peer is None or self._stopping:
             sock.close()
@@ -353,8 +362,8 @@ class Server:
         try:
             if self.verify_request(peer):
                 return True
-        except Exception:
-            log.exception("verify_request raised for %s, which is refused", format_address(peer))
+        except BaseException as exc:
+            self._hook_failed(exc, f"verify_request raised for {format_address(peer)}, which is refused")
         self._leave_host(peer)
         return False
 
@@ -369,10 +378,12 @@ class Server:
             connection: Any = self._handler(self, peer)
             if not isinstance(connection, Connection):
                 raise TypeError(f"the handler returned {connection!r}, which is no Connection")
+            if hasattr(connection, "_state"):
+                raise ValueError(f"the handler returned {connection!r} a second time: each needs its own")
             made: Connection = connection
             return made
-        except Exception:
-            log.exception("the handler could not make a connection for %s", format_address(peer))
+        except BaseException as exc:
+            self._hook_failed(exc, f"the handler could not make a connection for {format_address(peer)}")
             sock.reset_on_close()
             sock.close()
             self._leave_host(peer)
@@ -394,14 +405,23 @@ class Server:
 
     def _callback_failed(self, connection: Connection, exc: BaseException) -> None:
         if not isinstance(exc, Exception):
-            # SystemExit or KeyboardInterrupt: the program wants to end, and serve_forever is where it does.
-            self._fatal = exc
-            self._shutdown_wanted.set()
+            self._hook_failed(exc, "")
             return
         try:
             self.handle_error(connection, exc)
-        except Exception:
-            log.exception("handle_error raised")
+        except BaseException as another:
+            self._hook_failed(another, "handle_error raised")
+
+    def _hook_failed(self, exc: BaseException, what: str) -> None:
+        """Log what user code raised.
+
+        SystemExit and KeyboardInterrupt end the program, where serve_forever is.
+        """
+        if isinstance(exc, Exception):
+            log.error(what, exc_info=exc)
+            return
+        self._fatal = exc
+        self._shutdown_wanted.set()
 
     def _look_for_silent(self) -> None:
         """Reap sockets that are connected and silent inside AcceptEx, every so often.

@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,16 +58,17 @@ class Measure:
     rounds_max: int = 100
 
 
-# In this order: the first wants a fresh server, the last one may leave it without a listener.
+# In this order: the first wants a fresh server, those that leave many closed connections behind come late, and
+# the last one may leave a server without its listener.
 MEASURES = (
     Measure("idle", "idle", ("--count", "2000"), ("--count", "500"), fresh=True),
     Measure("echo1", "exchange", ("--clients", "1"), timed=True),
     Measure("echo64", "exchange", ("--clients", "64"), timed=True),
-    Measure("echo1000", "exchange", ("--clients", "1000"), timed=True),
+    Measure("bulk", "bulk", ("--mib", "128"), ("--mib", "32")),
     Measure("churn", "churn", ("--clients", "16"), timed=True),
+    Measure("echo1000", "exchange", ("--clients", "1000"), timed=True),
     Measure("storm", "storm", ("--count", "5000", "--clients", "500"),
             quick=("--count", "1000", "--clients", "500"), rounds_max=3),
-    Measure("bulk", "bulk", ("--mib", "128"), ("--mib", "32")),
     Measure("resets", "resets", ("--count", "30", "--seconds", "2")),
 )
 
@@ -110,6 +111,7 @@ class Bench:
 
     def _visit(self, measure: Measure, turn: int, server: Server, position: int) -> Record:
         result: dict[str, Any] | None = None
+        started = time.monotonic()
         error = self._make_ready(server, measure.fresh)
         if not error:
             result, error = drive(server, self._arguments(measure, server.kind))
@@ -118,7 +120,8 @@ class Bench:
             if error or not succeeded(result):
                 self._stale.add(server.name)
         said = server.last_lines() if error or (result and result["failures"]) else ()
-        return Record(turn + 1, measure.name, server.name, position, result, error, said)
+        took = time.monotonic() - started
+        return Record(turn + 1, measure.name, server.name, position, took, result, error, said)
 
     def _make_ready(self, server: Server, fresh: bool) -> str | None:
         """Starts the server where needed. Returns: why it cannot be measured, None when it can."""
@@ -214,15 +217,19 @@ def chosen(command: argparse.ArgumentParser, option: str, text: str, known: Sequ
 
 def describe(starter: Starter, options: argparse.Namespace, kinds: Sequence[Kind]) -> Header:
     """Returns: what one must know to read the figures."""
-    load = " ".join(f"{figure:.2f}" for figure in os.getloadavg()) if hasattr(os, "getloadavg") else None
     return Header(
         python=version_line(starter), wine=wine_version(starter), load_generator=platform.python_version(),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
-        processors=os.cpu_count() or 0, load_average=load,
+        processors=os.cpu_count() or 0, load_average=busy(),
         started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         rounds=options.rounds, seconds=options.seconds, quick=options.quick,
         servers={kind.name: " ".join(("python", *kind.arguments)) for kind in kinds},
     )
+
+
+def busy() -> str:
+    """Returns: the load average of the last minute; what else runs makes the figures noisy."""
+    return f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "?"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -249,6 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bench.run(measures)
     except KeyboardInterrupt:
         interrupted = True  # what was measured until then is worth its report
+    header = replace(header, load_average=f"{header.load_average} before, {busy()} after")
     say(f"took {time.monotonic() - started:.0f} s")
     baseline = BASELINE if BASELINE in bench.servers else next(reversed(bench.servers))
     print(table(header, bench.records, baseline), file=sys.stderr if options.json == "-" else sys.stdout)

@@ -45,7 +45,7 @@ RESET_PAUSE_S = 0.5  # for the server to find the resets
 DRAIN_S = 5.0  # time for connections under way when a window ends
 QUIET_S = 0.3  # a server that used next to no processor time for so long has settled …
 QUIET_SHARE = 0.1  # … next to none: this share of one processor …
-QUIET_MAX_S = 6.0  # … and after so long it is taken as it is
+QUIET_MAX_S = 10.0  # … and after so long it is taken as it is
 
 NOTHING = Watched()
 LINGER_RESET = struct.pack("HH" if sys.platform == "win32" else "ii", 1, 0)

@@ -29,6 +29,7 @@ class Record:
     measure: str
     server: str
     position: int  # in the order of this round
+    took_s: float  # all in all, with starting the server and waiting until it was quiet
     result: dict[str, Any] | None
     error: str | None
     said: tuple[str, ...] = ()  # the server's last lines, where anything failed
@@ -43,7 +44,7 @@ class Header:
     load_generator: str
     system: str
     processors: int
-    load_average: str | None
+    load_average: str
     started: str
     rounds: int
     seconds: float
@@ -173,10 +174,10 @@ def table(header: Header, records: Sequence[Record], baseline: str) -> str:
 
 def _heading(header: Header) -> list[str]:
     wine = f" under {header.wine}" if header.wine else ""
-    load = f", load average {header.load_average}" if header.load_average else ""
     return [
         f"servers: Python {header.python}{wine}; load generator: Python {header.load_generator}",
-        f"machine: {header.system}, {header.processors} processors{load}",
+        f"machine: {header.system}, {header.processors} processors, "
+        f"load average {header.load_average}",
         f"rounds: {header.rounds}, windows of {header.seconds:g} s{', quick' if header.quick else ''}; "
         f"started {header.started}",
         *(f"{name}: {command}" for name, command in header.servers.items()),

@@ -190,13 +190,13 @@ def test_each_round_visits_each_server_once_in_another_order(count: int) -> None
     assert {visit[0] for visit in orders} == {visit[-1] for visit in orders} == set(names)
 
 
-HEADER = report.Header("3.12", None, "3.11", "System", 2, None, "2000-01-01", 2, 1.0, False,
+HEADER = report.Header("3.12", None, "3.11", "System", 2, "0.0", "2000-01-01", 2, 1.0, False,
                        {"ours": "python ours", "asyncio": "python asyncio"})
 
 
 def record(turn: int, server: str, rate: float, **more: Any) -> report.Record:
     result = {"per_s": rate, "cost": {"user_us": None}, "failures": more.get("failures", {})}
-    return report.Record(turn, "echo64", server, 0, result, more.get("error"))
+    return report.Record(turn, "echo64", server, 0, 1.0, result, more.get("error"))
 
 
 def test_a_ratio_is_taken_round_by_round() -> None:
@@ -212,8 +212,8 @@ def test_the_report_shows_failures_deaths_and_a_dead_listener() -> None:
     deaf = {"served_before": True, "served": False}
     records = [record(1, "ours", 30, failures={"no echo in time": 2}),
                record(1, "asyncio", 10, error="the server died"),
-               report.Record(1, "resets", "ours", 0, {"served_before": True, "served": True}, None),
-               report.Record(1, "resets", "asyncio", 1, deaf, None, ("Boo",))]
+               report.Record(1, "resets", "ours", 0, 1.0, {"served_before": True, "served": True}, None),
+               report.Record(1, "resets", "asyncio", 1, 1.0, deaf, None, ("Boo",))]
     text = report.table(HEADER, records, "asyncio")
     assert "failed: echo64, ours: 2 x no echo in time" in text
     assert "failed: echo64, asyncio: 1 x the server died" in text
