@@ -27,10 +27,6 @@ SIZE = 64
 LOST_S = 2.0
 RATIO_WANTED = 1.3
 OURS, THEIRS = "ours", "asyncio"
-KINDS = (
-    Kind(OURS, ("-m", "bench.peers.datagram_ours")),
-    Kind(THEIRS, ("-m", "bench.peers.datagram_asyncio")),
-)
 
 
 class Round(NamedTuple):
@@ -113,13 +109,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--python", help="version of the Windows Python (under Wine)")
     parser.add_argument("--native", action="store_true", help="run asyncio's on this Python (to try it out)")
+    parser.add_argument("--io-threads", type=int, default=0, help="of ours (default: as the library's)")
     parser.add_argument("--depth", type=int, default=8, help="datagrams under way (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="default: %(default)s")
     parser.add_argument("--seconds", type=float, default=1.0, help="of a round (default: %(default)s)")
     parser.add_argument("--check", action="store_true", help="end with code 1 where a goal is missed")
     options = parser.parse_args()
     starter = make_starter(options.python, (), options.native)
-    servers = {kind.name: Server(kind, starter, secrets.token_hex(8)) for kind in KINDS}
+    kinds = (
+        Kind(OURS, ("-m", "bench.peers.datagram_ours", str(options.io_threads))),
+        Kind(THEIRS, ("-m", "bench.peers.datagram_asyncio")),
+    )
+    servers = {kind.name: Server(kind, starter, secrets.token_hex(8)) for kind in kinds}
     results: dict[str, list[Round]] = {name: [] for name in servers}
     try:
         for server in servers.values():

@@ -1,5 +1,6 @@
-"""Datagram echo server of ours, with its default options."""
+"""Datagram echo server of ours; its one argument is the number of I/O threads, 0: the default."""
 
+import sys
 import threading
 
 from iocp_ctypes import Datagram
@@ -13,7 +14,7 @@ class Echo(Datagram):
 
 
 if __name__ == "__main__":
-    with Echo(("127.0.0.1", 0)) as server:
+    with Echo(("127.0.0.1", 0), io_threads=int(sys.argv[1])) as server:
         host, port = server.address[:2]
         print(f"listening on {host}:{port}", flush=True)
         threading.Event().wait()
