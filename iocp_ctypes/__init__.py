@@ -16,6 +16,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
+from ._datagramoptions import DatagramStats
 from ._errors import ConnectionClosedError
 from ._lifecycle import CloseReason
 from ._options import OPTIONS, Usage
@@ -24,6 +25,7 @@ from ._stats import EngineStats, Stats
 if TYPE_CHECKING or sys.platform == "win32":
     from .client import connect
     from .connection import Connection
+    from .datagram import Datagram
     from .engine import Engine
     from .server import Server
     from .stream import IncompleteReadError, Stream, open_stream
@@ -36,6 +38,8 @@ __all__ = [
     "CloseReason",
     "Connection",
     "ConnectionClosedError",
+    "Datagram",
+    "DatagramStats",
     "Engine",
     "EngineStats",
     "IncompleteReadError",

@@ -7,7 +7,7 @@ Laws
 2. The DLLs are opened by this module: prototypes set on `ctypes.windll` by others do not touch ours.
 3. `use_last_error`: an error code is read with `get_last_error()`, at once, and only after a failure.
 4. Each prototype says: the C shape, who writes what, what failure looks like, whether it blocks, the source.
-5. Four functions are called for every message. For these a second function object without argtypes exists
+5. Six functions are called for every message. For these a second function object without argtypes exists
    (`HOT`): ctypes then takes ready-made `byref` objects and small ints as they are, which costs 0.3 us a
    call against 0.9 us. Handles go to them only as the object `handle_argument` makes, because a bare int
    would be cut to 32 bits.
@@ -17,7 +17,18 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from ctypes import POINTER, c_char_p, c_int, c_int32, c_size_t, c_uint8, c_uint16, c_uint32, c_void_p
+from ctypes import (
+    POINTER,
+    c_char_p,
+    c_int,
+    c_int32,
+    c_size_t,
+    c_uint8,
+    c_uint16,
+    c_uint32,
+    c_uint64,
+    c_void_p,
+)
 from typing import Any, Final
 
 BOOL = c_int32
@@ -58,6 +69,12 @@ FILE_SKIP_COMPLETION_PORT_ON_SUCCESS: Final = 0x1
 FILE_SKIP_SET_EVENT_ON_HANDLE: Final = 0x2
 CONNECT_TIME_NOT_CONNECTED: Final = 0xFFFFFFFF
 WINSOCK_VERSION: Final = 0x0202
+SIO_UDP_CONNRESET: Final = 0x9800000C
+SIO_UDP_NETRESET: Final = 0x9800000F
+IP_ADD_SOURCE_MEMBERSHIP: Final = 15
+IP_DROP_SOURCE_MEMBERSHIP: Final = 16
+MCAST_JOIN_SOURCE_GROUP: Final = 45
+MCAST_LEAVE_SOURCE_GROUP: Final = 46
 
 
 class OVERLAPPED(ctypes.Structure):
@@ -156,6 +173,40 @@ class WSAPROTOCOL_INFOW(ctypes.Structure):
         ("dwProviderReserved", DWORD),
         ("szProtocol", c_uint16 * 256),
     )
+
+
+class IP_MREQ(ctypes.Structure):
+    """ws2ipdef.h; IPv4 addresses in network byte order."""
+
+    _fields_ = (("imr_multiaddr", c_uint8 * 4), ("imr_interface", c_uint8 * 4))
+
+
+class IP_MREQ_SOURCE(ctypes.Structure):
+    """ws2ipdef.h; the source stands before the interface, other than on Linux."""
+
+    _fields_ = (
+        ("imr_multiaddr", c_uint8 * 4),
+        ("imr_sourceaddr", c_uint8 * 4),
+        ("imr_interface", c_uint8 * 4),
+    )
+
+
+class IPV6_MREQ(ctypes.Structure):
+    """ws2ipdef.h; the interface is an index, 0: the system chooses."""
+
+    _fields_ = (("ipv6mr_multiaddr", c_uint8 * 16), ("ipv6mr_interface", ULONG))
+
+
+class SOCKADDR_STORAGE(ctypes.Structure):
+    """ws2def.h; room for any address, aligned to eight bytes on every Windows."""
+
+    _fields_ = (("ss_family", c_uint16), ("pad1", c_uint8 * 6), ("align", c_uint64), ("pad2", c_uint8 * 112))
+
+
+class GROUP_SOURCE_REQ(ctypes.Structure):
+    """ws2ipdef.h; membership of one source, of either family."""
+
+    _fields_ = (("gsr_interface", ULONG), ("gsr_group", SOCKADDR_STORAGE), ("gsr_source", SOCKADDR_STORAGE))
 
 
 #: Bytes of a SOCKADDR_STORAGE; AcceptEx wants 16 more for each of its two addresses.
@@ -298,6 +349,48 @@ if sys.platform == "win32":
     WSASend = _bind(
         _ws2_32, "WSASend", c_int, SOCKET, c_void_p, DWORD, POINTER(DWORD), DWORD, c_void_p, c_void_p
     )
+    # int connect(SOCKET, const sockaddr *, int length). SOCKET_ERROR on failure. A datagram socket only notes
+    # the address: does not block. learn.microsoft.com/windows/win32/api/winsock2/nf-winsock2-connect
+    connect = _bind(_ws2_32, "connect", c_int, SOCKET, c_void_p, c_int)
+    # int WSARecvFrom(SOCKET, WSABUF *, DWORD count, DWORD *received, DWORD *flags in out, sockaddr *from,
+    # int *length in out, OVERLAPPED *, routine) SOCKET_ERROR on failure, WSA_IO_PENDING among them. Windows
+    # writes buffer, flags, `from` and `length` until the packet: all four belong to the operation. A datagram
+    # larger than the buffer fills it and reports WSAEMSGSIZE, at once or in the packet
+    # (STATUS_BUFFER_OVERFLOW). Does not block with an OVERLAPPED.
+    # learn.microsoft.com/windows/win32/api/winsock2/nf-winsock2-wsarecvfrom
+    WSARecvFrom = _bind(
+        _ws2_32,
+        "WSARecvFrom",
+        c_int,
+        SOCKET,
+        c_void_p,
+        DWORD,
+        POINTER(DWORD),
+        c_void_p,
+        c_void_p,
+        c_void_p,
+        c_void_p,
+        c_void_p,
+    )
+    # int WSASendTo(SOCKET, WSABUF *, DWORD count, DWORD *sent out, DWORD flags, const sockaddr *to or NULL,
+    # int length, OVERLAPPED *or NULL, routine) SOCKET_ERROR on failure, WSA_IO_PENDING among them. Without an
+    # OVERLAPPED `sent` must be given; on a socket with FIONBIO it then fails with WSAEWOULDBLOCK where it
+    # would have to wait. Does not block on such a socket, nor with an OVERLAPPED.
+    # learn.microsoft.com/windows/win32/api/winsock2/nf-winsock2-wsasendto
+    WSASendTo = _bind(
+        _ws2_32,
+        "WSASendTo",
+        c_int,
+        SOCKET,
+        c_void_p,
+        DWORD,
+        POINTER(DWORD),
+        DWORD,
+        c_void_p,
+        c_int,
+        c_void_p,
+        c_void_p,
+    )
     # BOOL AcceptEx(SOCKET listener, SOCKET accept, void *buffer out, DWORD data, DWORD local, DWORD remote,
     #               DWORD *received, OVERLAPPED *). FALSE on failure, ERROR_IO_PENDING among them.
     # learn.microsoft.com/windows/win32/api/mswsock/nf-mswsock-acceptex
@@ -344,7 +437,9 @@ if sys.platform == "win32":
     hot_poll = _held_kernel32.GetQueuedCompletionStatusEx  # with a time-out of 0
     hot_receive = _held_ws2_32.WSARecv
     hot_send = _held_ws2_32.WSASend
-    HOT: Final = (hot_reap, hot_poll, hot_receive, hot_send)
+    hot_receive_from = _held_ws2_32.WSARecvFrom
+    hot_send_to = _held_ws2_32.WSASendTo
+    HOT: Final = (hot_reap, hot_poll, hot_receive, hot_send, hot_receive_from, hot_send_to)
 
     def is_wine() -> bool:
         """Return whether this Windows is Wine, where some extensions differ (tests/windows.md lists them)."""

@@ -33,7 +33,7 @@ def line_of(sock: socket.socket) -> bytes:
 def test_is_short_and_says_how_to_run_it(name: str) -> None:
     text = (ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 60
-    assert f"`py -m examples.{name} [--port N]" in text
+    assert f"`py -m examples.{name} {'HOST' if name == 'ping' else '[--port N]'}" in text
 
 
 def test_echo() -> None:

@@ -20,6 +20,7 @@ FOLDER = Path(iocp_ctypes.__file__).parent
 PURE = {"CloseReason", "ConnectionClosedError", "EngineStats", "OPTIONS", "Stats", "Usage"}
 BOUND = {
     "Connection",
+    "Datagram",
     "Engine",
     "IncompleteReadError",
     "Server",
@@ -29,7 +30,17 @@ BOUND = {
     "open_stream",
 }
 #: Modules that import anywhere; the others need Windows, each with the same words.
-PURE_MODULES = ("_addresses", "_deadlines", "_errors", "_flow", "_lifecycle", "_options", "_stats", "_strand")
+PURE_MODULES = (
+    "_addresses",
+    "_datagramoptions",
+    "_deadlines",
+    "_errors",
+    "_flow",
+    "_lifecycle",
+    "_options",
+    "_stats",
+    "_strand",
+)
 BOUND_MODULES = (
     "_acceptor",
     "_channel",
@@ -38,6 +49,7 @@ BOUND_MODULES = (
     "_sockops",
     "client",
     "connection",
+    "datagram",
     "server",
     "stream",
     "stream_server",

@@ -47,6 +47,29 @@ LAYOUTS: dict[str, dict[str, tuple[int, int]]] = {
     "LINGER": {"l_onoff": (0, 0), "l_linger": (2, 2), "size": (4, 4)},
     # mstcpip.h: USHORT Rtt; UCHAR MaxSynRetransmissions
     "TCP_INITIAL_RTO_PARAMETERS": {"Rtt": (0, 0), "MaxSynRetransmissions": (2, 2), "size": (4, 4)},
+    # ws2ipdef.h: no pointers in any of these
+    "IP_MREQ": {"imr_multiaddr": (0, 0), "imr_interface": (4, 4), "size": (8, 8)},
+    "IP_MREQ_SOURCE": {
+        "imr_multiaddr": (0, 0),
+        "imr_sourceaddr": (4, 4),
+        "imr_interface": (8, 8),
+        "size": (12, 12),
+    },
+    "IPV6_MREQ": {"ipv6mr_multiaddr": (0, 0), "ipv6mr_interface": (16, 16), "size": (20, 20)},
+    "GROUP_SOURCE_REQ": {
+        "gsr_interface": (0, 0),
+        "gsr_group": (8, 8),
+        "gsr_source": (136, 136),
+        "size": (264, 264),
+    },
+    # ws2def.h: ADDRESS_FAMILY; CHAR[6]; __int64, aligned to 8 on both; CHAR[112]
+    "SOCKADDR_STORAGE": {
+        "ss_family": (0, 0),
+        "pad1": (2, 2),
+        "align": (8, 8),
+        "pad2": (16, 16),
+        "size": (128, 128),
+    },
     # mstcpip.h: ULONG onoff, keepalivetime, keepaliveinterval
     "TCP_KEEPALIVE": {
         "onoff": (0, 0),
@@ -104,6 +127,12 @@ CONSTANTS = {
     "SIO_TCP_INITIAL_RTO": 0x80000000 | 0x18000000 | 17,  # _WSAIOW(IOC_VENDOR, 17)
     "TCP_INITIAL_RTO_UNSPECIFIED_RTT": 0xFFFF,  # (USHORT)-1
     "TCP_INITIAL_RTO_NO_SYN_RETRANSMISSIONS": 0xFE,  # (UCHAR)-2
+    "SIO_UDP_CONNRESET": 0x80000000 | 0x18000000 | 12,  # _WSAIOW(IOC_VENDOR, 12)
+    "SIO_UDP_NETRESET": 0x80000000 | 0x18000000 | 15,  # _WSAIOW(IOC_VENDOR, 15)
+    "IP_ADD_SOURCE_MEMBERSHIP": 15,
+    "IP_DROP_SOURCE_MEMBERSHIP": 16,
+    "MCAST_JOIN_SOURCE_GROUP": 45,
+    "MCAST_LEAVE_SOURCE_GROUP": 46,
     "WSA_FLAG_OVERLAPPED": 0x01,
     "WSA_FLAG_NO_HANDLE_INHERIT": 0x80,
     "XP1_IFS_HANDLES": 0x00020000,
