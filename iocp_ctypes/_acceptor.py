@@ -116,7 +116,7 @@ class Acceptor:
                 return
             # One for each address in turn, so that a small room is not all taken by the first; and one for
             # each in any case, so that none is deaf: the server lets wait whom that brings above its cap.
-            pools = list(self._pools)
+            pools = self._pools
             while pools and (room := self._room()) > 0:
                 wanting = [pool for pool in pools if len(pool.operations) < pool.share]
                 pools = [pool for pool in wanting if self._in_use < room or not pool.operations]
@@ -169,6 +169,7 @@ class Acceptor:
             if not self._retrying:
                 self._retry_delay = RETRY_FIRST
             self.last_accept = monotonic()
+        pool.listening.give(operation)
         self.top_up()
         self._accepted(accepted, first)
 

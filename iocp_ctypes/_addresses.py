@@ -26,8 +26,8 @@ def parse_sockaddr(raw: bytes) -> Address | None:
     """Read a Windows SOCKADDR_IN or SOCKADDR_IN6; None where the kernel left none (a peer already gone)."""
     if len(raw) < 16:
         return None
-    family = int.from_bytes(raw[:2], "little")
-    port = int.from_bytes(raw[2:4], "big")
+    family = raw[0] | raw[1] << 8
+    port = raw[2] << 8 | raw[3]
     if family == socket.AF_INET:
         return _dotted(raw[4:8]), port
     if family == WINDOWS_AF_INET6 and len(raw) >= 28:

@@ -353,7 +353,11 @@ class Lifetime:
     def _next_due(self) -> float | None:
         """When this connection wants to be looked at. Needs the lock."""
         assert self._lock._is_owned()
-        due = [at for at in (self._retry_due, self._linger_due) if at is not None]
+        due: list[float] = []
+        if self._retry_due is not None:
+            due.append(self._retry_due)
+        if self._linger_due is not None:
+            due.append(self._linger_due)
         if self._state == life.OPEN:
             settings = self._settings
             if self._deadline is not None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import ctypes
 import socket
-from ctypes import addressof, byref, c_int, c_void_p, sizeof, string_at
+from ctypes import addressof, byref, c_int, c_void_p, sizeof
 from typing import Any, Final
 
 from . import _win32
@@ -25,7 +25,7 @@ from ._addresses import Address, format_address, make_sockaddr
 from ._errors import error_from_code, winsock_code
 from ._options import KeepAlive
 from ._port import CompletionPort
-from ._proactor import COMPLETED, PENDING, Handler, Operation, Proactor
+from ._proactor import COMPLETED, KEPT_MAX, PENDING, Handler, Operation, Proactor
 from ._win32 import get_last_error
 
 #: What `connect_time` says of a socket that no peer has connected to.
@@ -100,7 +100,17 @@ def error_code(status: int) -> int:
 class OverlappedSocket:
     """A stream socket: receive, send, cancel, shut down, close, options."""
 
-    __slots__ = ("_argument", "_handle", "_pending", "_proactor", "family", "local_raw", "peer_raw", "skips")
+    __slots__ = (
+        "_argument",
+        "_handle",
+        "_nodelay",
+        "_pending",
+        "_proactor",
+        "family",
+        "local_raw",
+        "peer_raw",
+        "skips",
+    )
 
     def __init__(self, handle: int, family: int, proactor: Proactor) -> None:
         """Own a handle."""
@@ -109,6 +119,7 @@ class OverlappedSocket:
         self._proactor = proactor
         self._pending = proactor.pending
         self.family = family
+        self._nodelay: bool | None = None  # None: not known
         self.skips = False  # true exactly when an operation that completes at once has no packet
         self.local_raw = b""  # SOCKADDRs as the kernel wrote them; read when asked for
         self.peer_raw = b""
@@ -127,9 +138,18 @@ class OverlappedSocket:
             )
 
     def set_nodelay(self, on: bool) -> None:
-        """TCP_NODELAY; OSError where the socket is gone."""
-        value = c_int(on)
-        self._set(_win32.IPPROTO_TCP, _win32.TCP_NODELAY, value, "TCP_NODELAY")
+        """TCP_NODELAY; OSError where the socket is gone. Costs nothing where it is known to be so."""
+        if on is not self._nodelay:
+            self._nodelay = None
+            self._set(_win32.IPPROTO_TCP, _win32.TCP_NODELAY, c_int(on), "TCP_NODELAY")
+            self._nodelay = on
+
+    def _ask_nodelay(self) -> bool | None:
+        value, length = c_int(), c_int(sizeof(c_int))
+        failed = _win32.getsockopt(
+            self._handle, _win32.IPPROTO_TCP, _win32.TCP_NODELAY, byref(value), byref(length)
+        )
+        return None if failed else bool(value.value)
 
     def set_keepalive(self, keepalive: KeepAlive) -> None:
         """SIO_KEEPALIVE_VALS: None is off; seconds, or (idle, interval) in seconds."""
@@ -278,7 +298,7 @@ class OverlappedSocket:
 class AcceptOperation(Operation):
     """An AcceptEx: the socket that becomes the connection, and room for data and two addresses."""
 
-    __slots__ = ("data_size", "home", "reaped", "socket")
+    __slots__ = ("arguments", "data_size", "home", "local", "peer", "reaped", "socket")
 
     def __init__(self, accepted: OverlappedSocket, data_size: int, home: Any) -> None:
         super().__init__(data_size + _ACCEPT_ADDRESSES)
@@ -286,17 +306,44 @@ class AcceptOperation(Operation):
         self.data_size = data_size
         self.home = home  # the pool it is counted in
         self.reaped = False  # cancelled because its peer stayed silent
+        self.local, self.peer = (c_void_p(), c_int()), (c_void_p(), c_int())  # where in the buffer, how long
+        room = _win32.ACCEPT_ADDRESS_SIZE
+        outs = (byref(out) for out in (*self.local, *self.peer))
+        self.arguments = (addressof(self.buffer), data_size, room, room, *outs)  # of GetAcceptExSockaddrs
+
+    def address_at(self, place: tuple[c_void_p, c_int]) -> bytes:
+        """Return a SOCKADDR that GetAcceptExSockaddrs found; empty where there is none."""
+        at, length = place
+        if not at.value:
+            return b""
+        start = at.value - addressof(self.buffer)
+        found: bytes = self.buffer[start : start + length.value]
+        return found
 
 
 class ListeningSocket:
     """A bound and listening socket whose connections come by AcceptEx."""
 
-    __slots__ = ("_accept_ex", "_addresses_of", "_handle", "_proactor", "_python", "address", "family")
+    __slots__ = (
+        "_accept_ex",
+        "_addresses_of",
+        "_context",
+        "_handle",
+        "_nodelay",
+        "_proactor",
+        "_python",
+        "_spare",
+        "address",
+        "family",
+    )
 
     def __init__(self, python_socket: socket.socket, proactor: Proactor, port: CompletionPort) -> None:
         """Own a listening `socket.socket` and bind it to a port."""
         self._python = python_socket
         self._handle = python_socket.fileno()
+        self._context = _win32.SOCKET(self._handle)
+        self._nodelay: bool | None = None  # what accepted sockets have of the listener's; None: not known
+        self._spare: list[AcceptOperation] = []  # to be used again; atomic appends and pops
         self._proactor = proactor
         self.family = int(python_socket.family)
         self.address: Address = python_socket.getsockname()
@@ -323,7 +370,7 @@ class ListeningSocket:
         if handle == _win32.INVALID_SOCKET:
             return None, get_last_error()
         accepted = OverlappedSocket(handle, self.family, self._proactor)
-        operation = AcceptOperation(accepted, data_size, home)
+        operation = self._operation(accepted, data_size, home)
         operation.handler = handler
         self._proactor.pending[operation.address] = operation
         if self._accept_ex(
@@ -343,6 +390,21 @@ class ListeningSocket:
         accepted.close()
         return None, code
 
+    def _operation(self, accepted: OverlappedSocket, data_size: int, home: Any) -> AcceptOperation:
+        try:
+            operation = self._spare.pop()
+        except IndexError:
+            return AcceptOperation(accepted, data_size, home)
+        operation.socket = accepted
+        operation.home = home
+        return operation
+
+    def give(self, operation: AcceptOperation) -> None:
+        """Take back an operation that was finished, and that the caller knows no more."""
+        # Not those that wait for bytes: the watchdog may be looking at one of them.
+        if not operation.data_size and len(self._spare) < KEPT_MAX:
+            self._spare.append(operation)
+
     def finish(self, operation: AcceptOperation, transferred: int) -> tuple[OverlappedSocket, bytes]:
         """Make a completed AcceptEx a connected socket with its addresses; OSError where the peer is gone
         again.
@@ -351,24 +413,17 @@ class ListeningSocket:
             The socket (not associated yet), and the first bytes, empty without `data_size`.
         """
         accepted = operation.socket
-        listener = _win32.SOCKET(self._handle)
         accepted._set(
-            _win32.SOL_SOCKET, _win32.SO_UPDATE_ACCEPT_CONTEXT, listener, "SO_UPDATE_ACCEPT_CONTEXT"
+            _win32.SOL_SOCKET, _win32.SO_UPDATE_ACCEPT_CONTEXT, self._context, "SO_UPDATE_ACCEPT_CONTEXT"
         )
-        local, peer = c_void_p(), c_void_p()
-        local_length, peer_length = c_int(), c_int()
-        self._addresses_of(
-            addressof(operation.buffer),
-            operation.data_size,
-            _win32.ACCEPT_ADDRESS_SIZE,
-            _win32.ACCEPT_ADDRESS_SIZE,
-            byref(local),
-            byref(local_length),
-            byref(peer),
-            byref(peer_length),
-        )
-        accepted.local_raw = string_at(local, local_length.value) if local else b""
-        accepted.peer_raw = string_at(peer, peer_length.value) if peer else b""
+        # They have the listener's properties from here on. Whether TCP_NODELAY is among them is asked of the
+        # first, so that a call can be saved for all others.
+        if self._nodelay is None:
+            self._nodelay = accepted._ask_nodelay()
+        accepted._nodelay = self._nodelay
+        self._addresses_of(*operation.arguments)
+        accepted.local_raw = operation.address_at(operation.local)
+        accepted.peer_raw = operation.address_at(operation.peer)
         return accepted, operation.buffer[:transferred] if operation.data_size else b""
 
     def cancel(self) -> None:
@@ -385,7 +440,8 @@ class ListeningSocket:
 
         The caller holds the lock of their pool.
         """
-        self._handle = _win32.INVALID_SOCKET  # before the system gives the number to another socket
+        # Before the system gives the number to another socket.
+        self._handle = self._context.value = _win32.INVALID_SOCKET
         self._python.close()
 
 
@@ -410,15 +466,25 @@ def open_socket(
 
 
 def listen(
-    family: int, address: Address, listen_backlog: int, exclusive: bool, dualstack: bool
+    family: int,
+    address: Address,
+    listen_backlog: int,
+    exclusive: bool,
+    dualstack: bool,
+    nodelay: bool = False,
 ) -> socket.socket:
-    """Make a listening socket; OSError names the address where it cannot be had."""
+    """Make a listening socket; OSError names the address where it cannot be had.
+
+    `nodelay` is for what it accepts.
+    """
     made = socket.socket(family, socket.SOCK_STREAM)
     try:
         if exclusive:
             made.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
         if family == socket.AF_INET6:
             made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not dualstack)
+        if nodelay:
+            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         made.bind(address)
         made.listen(listen_backlog)
     except OSError as exc:

@@ -126,6 +126,7 @@ class Server:
     def _listen(self, addresses: list[Address | socket.socket]) -> list[socket.socket]:
         settings = self._settings
         backlog = settings.listen_backlog or max(LISTEN_BACKLOG_MIN, settings.backlog)
+        exclusive, nodelay = settings.exclusive, settings.nodelay
         made: list[socket.socket] = []
         try:
             for address in addresses:
@@ -134,7 +135,7 @@ class Server:
                     made.append(address)
                     continue
                 for family, place, dualstack in resolve_listening(address, settings.dualstack):
-                    made.append(listen(family, place, backlog, settings.exclusive, dualstack))
+                    made.append(listen(family, place, backlog, exclusive, dualstack, nodelay))
         except BaseException:
             for sock in made:
                 sock.close()
@@ -332,8 +333,7 @@ class Server:
             self._release("refused")
             return
         try:
-            if settings.nodelay:
-                sock.set_nodelay(True)
+            sock.set_nodelay(settings.nodelay)
             if settings.keepalive is not None:
                 sock.set_keepalive(settings.keepalive)
             sock.associate(self._home.engine.port)

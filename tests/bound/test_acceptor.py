@@ -33,7 +33,7 @@ from support import (
 from iocp_ctypes import Usage, _sockops, _win32
 from iocp_ctypes._acceptor import FAILURES_IN_ROW, RETRY_FIRST, RETRY_MAX, Acceptor
 from iocp_ctypes._proactor import PENDING
-from iocp_ctypes._sockops import AcceptOperation, ListeningSocket
+from iocp_ctypes._sockops import AcceptOperation, ListeningSocket, OverlappedSocket
 
 NOBUFS = 10055
 RESET, CANCELLED = 0xC000020D, 0xC0000120
@@ -80,6 +80,9 @@ class FakeListening:
         if self.gone:
             raise OSError(10057, "gone")
         return operation.socket, bytes(transferred)
+
+    def give(self, operation: AcceptOperation) -> None:
+        """Forget it."""
 
     def complete(self, status: int = 0, transferred: int = 0, operation: Any = None) -> FakeSocket:
         """Retire an operation, the oldest unless one is named."""
@@ -444,7 +447,9 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
 
 
 @pytest.mark.wine_differs("accept-context")
-def test_an_accepted_socket_is_set_up_in_the_documented_order(spy: Spy) -> None:
+@pytest.mark.parametrize("inherited", [True, False, None], ids=["inherited", "not inherited", "not known"])
+def test_an_accepted_socket_is_set_up_in_the_documented_order(spy: Spy, inherited: bool | None) -> None:
+    spy._patch.setattr(OverlappedSocket, "_ask_nodelay", lambda _sock: inherited)
     for name in ("WSASocketW", "setsockopt", "WSAIoctl", "CreateIoCompletionPort"):
         spy.on(name)
     with serving(Echo, backlog=1, nodelay=True, keepalive=7) as server:
@@ -455,14 +460,16 @@ def test_an_accepted_socket_is_set_up_in_the_documented_order(spy: Spy) -> None:
             (connection,) = made(Echo)
             handle = connection._socket._handle
             about = [call for call in spy.calls if call[1][0] == handle]
-    assert [call[0] for call in about] == ["setsockopt", "setsockopt", "WSAIoctl", "CreateIoCompletionPort"]
-    assert all(result in (0, 1) or name == "CreateIoCompletionPort" for name, _args, result in about)
-    update, nodelay, keepalive, _associate = (args for _name, args, _result in about)
-    assert update[1:3] == (0xFFFF, 0x700B)
-    assert update[3]._obj.value == listener
+            update = about[0][1]
+            assert update[1:3] == (0xFFFF, 0x700B)
+            assert update[3]._obj.value == listener
     assert update[4] == ctypes.sizeof(ctypes.c_void_p) == (8 if sys.maxsize > 1 << 32 else 4)
-    assert nodelay[1:3] == (6, 1)
-    assert keepalive[1] == 0x98000004
+    assert all(result in (0, 1) or name == "CreateIoCompletionPort" for name, _args, result in about)
+    options = ["WSAIoctl"] if inherited else ["setsockopt", "WSAIoctl"]
+    assert [call[0] for call in about] == ["setsockopt", *options, "CreateIoCompletionPort"]
+    if not inherited:
+        assert about[1][1][1:3] == (6, 1)
+    assert about[-2][1][1] == 0x98000004
 
 
 @pytest.mark.windows_only("accept-context")
@@ -493,6 +500,20 @@ def test_the_kernel_is_asked_for_sockets_that_children_do_not_inherit(spy: Spy) 
     flags = {args[5] for _name, args, _result in spy.named("WSASocketW")}
     assert flags == {_win32.WSA_FLAG_OVERLAPPED | _win32.WSA_FLAG_NO_HANDLE_INHERIT} == {0x81}
     assert len(spy.calls) >= 4
+
+
+def test_nodelay_is_what_the_server_says_whatever_the_listener_has() -> None:
+    class Asking(Echo):
+        def connected(self) -> None:
+            self.nodelay_read = self._socket._ask_nodelay()
+
+    for listener_has, on in ((True, False), (False, True), (True, True), (False, False)):
+        given = socket.create_server(("127.0.0.1", 0))
+        given.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, listener_has)
+        with serving(Asking, given, nodelay=on) as server:
+            for _ in range(3):
+                reachable(server.address)
+        assert [Asking.made.pop().nodelay_read for _ in range(3)] == [on] * 3
 
 
 def test_options_are_set_after_the_accept() -> None:

@@ -293,6 +293,34 @@ def test_nodelay(table: Table) -> None:
     for on in (True, False, True):
         sock.set_nodelay(on)
         assert any(option(sock, _win32.IPPROTO_TCP, _win32.TCP_NODELAY)) is on
+        assert sock._ask_nodelay() is on
+
+
+def test_nodelay_is_set_where_it_is_not_known_to_be_so(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    sock, _peer = table.pair()
+    calls: list[Any] = []
+    monkeypatch.setattr(sock, "_nodelay", None)
+    monkeypatch.setattr(_win32, "setsockopt", lambda *args: calls.append(args) or len(calls) == 2)
+    sock.set_nodelay(False)
+    sock.set_nodelay(False)
+    assert len(calls) == 1
+    with pytest.raises(OSError, match="TCP_NODELAY"):
+        sock.set_nodelay(True)
+    sock.set_nodelay(False)  # what a failed call left is not known
+    assert len(calls) == 3
+
+
+def test_an_accepted_socket_knows_what_it_has_of_the_listener(alone: Table) -> None:
+    for nodelay in (True, False):
+        made = listen(socket.AF_INET, ("127.0.0.1", 0), 10, True, False, nodelay)
+        listener = ListeningSocket(made, alone.proactor, alone.port)
+        for _ in range(2):
+            with raw(listener.address):
+                listener.accept(lambda *_arguments: None, 0, None)
+                sock, _first = finished(alone, listener)
+                assert sock._nodelay is sock._ask_nodelay()
+                sock.close()
+        listener.close()
 
 
 def test_reset_on_close_sets_so_linger(table: Table) -> None:
