@@ -779,7 +779,8 @@ def test_however_it_ends_nothing_is_left(how: str, work_threads: int, request: p
                 read_exactly(client, len(how))
             if how in ("reset", "pause", "much"):
                 rst(client)
-                for connection in server.connections:
+                connection = None
+                for connection in server.connections:  # none, where the reset was noticed already
                     with contextlib.suppress(ConnectionClosedError):
                         connection.send(b"so that it notices")
                 del connection
