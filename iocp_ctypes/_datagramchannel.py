@@ -167,6 +167,7 @@ class DatagramChannel:
 
     def _fill(self) -> None:
         """Post what is free. Needs the lock."""
+        assert self._lock._is_owned()
         earlier = 0
         while self._free and self._state == life.OPEN and self._receive_backoff.timer is None:
             operation = self._free.pop()
@@ -263,6 +264,7 @@ class DatagramChannel:
 
     def _report(self, exc: OSError) -> None:
         """Have on_error called, where that was opted for. Needs the lock."""
+        assert self._lock._is_owned()
         if self._reporting and self._errors_waiting < ERRORS_WAITING_MAX and self._state == life.OPEN:
             self._errors_waiting += 1
             self._strand.post(self._deliver_error, exc)
@@ -299,6 +301,7 @@ class DatagramChannel:
 
     def _try_send(self, data: bytes, target: Target) -> int:
         """Send without waiting: COMPLETED, or why not; all but a lack of room is told. Needs the lock."""
+        assert self._lock._is_owned()
         code = self._socket.send_now(data, target)
         if code in EARLIER_CODES:  # about an earlier datagram; this one was not looked at
             self._receive_errors += 1
@@ -310,6 +313,7 @@ class DatagramChannel:
 
     def _count_sent(self, code: int, size: int) -> None:
         """Needs the lock."""
+        assert self._lock._is_owned()
         if code == COMPLETED:
             self._datagrams_out += 1
             self._bytes_out += size
@@ -319,6 +323,7 @@ class DatagramChannel:
 
     def _enqueue(self, data: bytes, target: Target) -> bool:
         """Queue a datagram, or drop it. Needs the lock."""
+        assert self._lock._is_owned()
         cost = len(data) + QUEUED_OVERHEAD
         if self._queued + cost > self._settings.write_buffer_max:
             self._above = bool(self._queue)
@@ -336,6 +341,7 @@ class DatagramChannel:
 
     def _send_head(self) -> None:
         """Issue a send of the queue's head whose packet says when there is room. Needs the lock."""
+        assert self._lock._is_owned()
         while self._queue:
             data, target = self._queue[0]
             self._sending = operation = Operation()
@@ -351,6 +357,7 @@ class DatagramChannel:
 
     def _take_head(self) -> int:
         """Remove the queue's head; returns its size. Needs the lock."""
+        assert self._lock._is_owned()
         size = len(self._queue.popleft()[0])
         self._queued -= size + QUEUED_OVERHEAD
         return size
@@ -372,6 +379,7 @@ class DatagramChannel:
 
     def _flush(self) -> None:
         """Send what is queued, a turn's worth. Needs the lock."""
+        assert self._lock._is_owned()
         if self._state > life.DRAINING:
             return
         for _ in range(FLUSH_MAX):
@@ -385,6 +393,7 @@ class DatagramChannel:
 
     def _relieve(self) -> None:
         """Have on_drain called once the queue fell from above the high mark to the low. Needs the lock."""
+        assert self._lock._is_owned()
         if self._above and self._queued <= self._settings.low_mark:
             self._above = False
             if self._state == life.OPEN:
@@ -411,6 +420,7 @@ class DatagramChannel:
 
     def _move(self, event: str) -> bool:
         """Change the state by the table; True where there was such a change. Needs the lock."""
+        assert self._lock._is_owned()
         state = life.TRANSITIONS.get((self._state, event))
         if state is None:
             return False
@@ -419,6 +429,7 @@ class DatagramChannel:
 
     def _end(self) -> None:
         """Cancel what is in flight, and join. Needs the lock."""
+        assert self._lock._is_owned()
         # Datagrams have no FIN to send and none to wait for.
         self._move(life.DRAINED)
         self._move(life.FINISHED)
@@ -434,6 +445,7 @@ class DatagramChannel:
 
     def _join(self) -> None:
         """Close the handle once nothing is in flight or on its way to a callback. Needs the lock."""
+        assert self._lock._is_owned()
         if self._state != life.JOINING or self._sending is not None:
             return
         if len(self._free) < self._settings.recv_depth:

@@ -153,7 +153,7 @@ class Lifetime:
     def _attach_client(self, home: Home, connector: Connector, settings: Settings, peer: Address) -> None:
         """Give a connection that is not connected yet what stands in for its socket."""
         self._attach(None, home, connector, settings, peer)
-        self._strand.leave()  # nobody but who called connect() knows it: on_timeout may come before on_connect
+        self._strand.leave()  # only its maker knows it: on_timeout may come before on_connect
         self._state = life.CONNECTING
         self._reading = POSTED  # the connector counts as something in flight
         self._opened = True  # on_close is owed in any case: it says why connecting failed

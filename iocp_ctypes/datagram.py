@@ -367,6 +367,7 @@ class Datagram(DatagramChannel):
 
     def _check_open(self) -> None:
         """Needs the lock."""
+        assert self._lock._is_owned()
         if self._state >= life.JOINING:
             raise ConnectionClosedError("the Datagram is closed")
 

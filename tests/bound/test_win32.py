@@ -195,6 +195,8 @@ def test_a_hot_function_is_the_same_function_under_another_name() -> None:
         "hot_poll": "GetQueuedCompletionStatusEx",
         "hot_receive": "WSARecv",
         "hot_send": "WSASend",
+        "hot_receive_from": "WSARecvFrom",
+        "hot_send_to": "WSASendTo",
     }
     assert {name for name in functions() if name.startswith("hot_")} == set(pairs)
     for hot, plain in pairs.items():
