@@ -305,7 +305,7 @@ def test_a_reset_is_told_once_and_as_such(options: dict[str, Any]) -> None:
             client.sendall(bytes(size))
             connection = made(Recorder)[-1]
             wait_until(lambda seen=connection, wanted=size: len(seen.received) == wanted)
-            wait_until(lambda seen=connection: seen._reading == _lifetime.POSTED)  # Wine: a later one may see EOF
+            wait_until(lambda seen=connection: seen._reading == _lifetime.POSTED)  # later it may see EOF
             rst(client)
             assert isinstance(connection.until("close").value, ConnectionResetError)
             assert connection.close_reason == "reset"
