@@ -1,4 +1,4 @@
-"""The trace of running servers, clients and datagram sockets: off there is nothing, on it says what happened."""
+"""The trace of what runs: off there is nothing in the way, on it says what happened."""
 
 from __future__ import annotations
 
@@ -259,7 +259,7 @@ def test_a_refused_connect_is_recorded_too() -> None:
 
 @pytest.mark.parametrize("scope", ["engine", "server", "connection"])
 def test_switching_while_data_flows_loses_nothing(scope: str, io_threads: int) -> None:
-    rounds = 300
+    rounds = 60
     failed: list[BaseException] = []
 
     def talk(client: Any) -> None:
@@ -367,12 +367,12 @@ def test_the_file_of_a_server(tmp_path: Path) -> None:
 def test_the_file_shows_what_is_queued(tmp_path: Path) -> None:
     class Floods(Recorder):
         def connected(self) -> None:
-            self.send(bytes(4_000_000))
+            self.send(bytes(12_000_000))
 
     with serving(Floods, trace=10_000, sendcap=3) as server, raw(server.address) as client:
         (connection,) = made(Floods)
         wait_until(lambda: connection.sendcap.in_use == 3)
-        left = 4_000_000
+        left = 12_000_000
         while left:
             left -= len(client.recv(1 << 16))
         wait_until(lambda: not connection.write_buffer_size)
