@@ -1200,5 +1200,6 @@ def test_the_defaults_are_those_of_the_documentation() -> None:
         "keepalive": None,
         "exclusive": True,
         "dualstack": None,
+        "trace": 0,
     }
     assert server_module.LISTEN_BACKLOG_MIN == 200
