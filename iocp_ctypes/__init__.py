@@ -20,7 +20,8 @@ from ._datagramoptions import DatagramStats
 from ._errors import ConnectionClosedError
 from ._lifecycle import CloseReason
 from ._options import OPTIONS, Usage
-from ._stats import EngineStats, Stats
+from ._stats import ConnectionStats, EngineStats, Stats
+from ._trace import TraceRecord
 
 if TYPE_CHECKING or sys.platform == "win32":
     from .client import connect
@@ -38,6 +39,7 @@ __all__ = [
     "CloseReason",
     "Connection",
     "ConnectionClosedError",
+    "ConnectionStats",
     "Datagram",
     "DatagramStats",
     "Engine",
@@ -47,6 +49,7 @@ __all__ = [
     "Stats",
     "Stream",
     "StreamServer",
+    "TraceRecord",
     "Usage",
     "connect",
     "open_stream",

@@ -70,7 +70,10 @@ def _parser() -> argparse.ArgumentParser:
     for name in SERVING:
         meaning = OPTIONS[name].meaning
         echo.add_argument(f"--{name.replace('_', '-')}", type=_option(name), metavar="VALUE", help=meaning)
-    echo.add_argument("--stats", action="store_true", help="print the server's figures at the end")
+    stats = "print the server's figures: a line every 5 seconds, all of them at the end"
+    echo.add_argument("--stats", action="store_true", help=stats)
+    trace = "write the newest operations to a file for ui.perfetto.dev at the end"
+    echo.add_argument("--trace", metavar="FILE", help=trace)
 
     demo = commands.add_parser("demo", help="serve clients of this very process, and say what happened")
     demo.add_argument("--clients", type=_whole(1, CLIENTS_MAX), default=1000, help="(%(default)s)")
@@ -91,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.command == "demo":
             return _commands.demo(given.clients, given.messages)
         options = {name: value for name in SERVING if (value := getattr(given, name)) is not None}
-        return _commands.echo((given.host, given.port), given.stats, options)
+        return _commands.echo((given.host, given.port), given.stats, options, given.trace)
     except KeyboardInterrupt:
         return 0
     except (ImportError, OSError) as exc:

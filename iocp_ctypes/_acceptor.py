@@ -20,6 +20,7 @@ from ._errors import ERROR_OPERATION_ABORTED, RESOURCE_CODES, winsock_code
 from ._options import Usage
 from ._proactor import Operation
 from ._sockops import NOT_CONNECTED, AcceptOperation, ListeningSocket, OverlappedSocket
+from ._tracing import Knobs, Trace, TracedListener, other_number, rings_of, traced
 from .watchdog import Watchdog
 
 #: Seconds before a failed AcceptEx is posted again: doubled each time up to the second.
@@ -40,10 +41,11 @@ log = logging.getLogger("iocp_ctypes")
 class _Pool:
     """One listening socket and its AcceptEx operations."""
 
-    __slots__ = ("listening", "operations", "share")
+    __slots__ = ("listening", "number", "operations", "share")
 
     def __init__(self, listening: ListeningSocket) -> None:
-        self.listening = listening
+        self.listening = listening  # or what stands in for it while it is traced
+        self.number = 0  # of its records in a trace
         self.operations: dict[int, AcceptOperation] = {}  # by address
         self.share = 1
 
@@ -96,6 +98,23 @@ class Acceptor:
     def usage(self) -> Usage:
         """The cap, and how many AcceptEx operations the kernel has."""
         return Usage(self._cap, self._in_use)
+
+    @property
+    def listening(self) -> int:
+        """How many sockets listen."""
+        return 0 if self._closing else len(self._pools)
+
+    def retrace(self, *traces: Trace) -> None:
+        """Have AcceptEx operations recorded by those traces that are on. Any thread; does not block."""
+        with self._lock:
+            rings = rings_of(*traces)
+            for pool in self._pools:
+                if rings and not pool.number:
+                    pool.number = other_number()
+                pool.listening = traced(TracedListener, pool.listening, rings, pool.number, self._knobs)
+
+    def _knobs(self) -> Knobs:
+        return self._in_use, None, None, None
 
     def set_cap(self, cap: int) -> None:
         """Change the cap: more are posted at once, a surplus drains as connections come."""

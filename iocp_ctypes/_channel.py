@@ -65,6 +65,7 @@ class Channel(Lifetime):
     def _start(self, first: bytes) -> None:
         """Begin the callbacks; `first` came with the accept. On an I/O thread."""
         with self._lock:
+            self._retrace()
             self._arm()
         if self._home.executor is None:
             self._open(first)
@@ -83,6 +84,8 @@ class Channel(Lifetime):
         if self._state >= life.JOINING:
             return  # ended before it began: no on_connect, and on_close only where connect() owes it
         self._opened = True
+        if self._logged:
+            self._log_begin()
         self._call(self.on_connect)
         with self._lock:
             if self._state < life.JOINING:  # what was asked for before it was connected

@@ -21,9 +21,15 @@ from typing import Any, Final
 
 from . import _sockops, _win32
 from ._addresses import Address, format_address
+from ._options import MIB
+from ._stats import Stats
 from .connection import Connection
 from .server import Server
 
+#: Seconds between two lines of figures: a terminal that one can still read.
+STATS_INTERVAL: Final = 5.0
+#: Records of the trace that a command keeps: some seconds of a busy server, some 20 MiB while it runs.
+TRACED: Final = 100_000
 #: Clients of the demonstration that connect at the same moment: half of what listen_backlog takes.
 CONNECTING_MAX: Final = 100
 #: Seconds after which a demonstration has failed: many times what 5,000 clients take under Wine.
@@ -45,15 +51,63 @@ class Echo(Connection):
         self.resume_reading()
 
 
-def echo(address: Address, stats: bool, options: Mapping[str, Any]) -> int:
-    """Serve the echo until Ctrl-C, with options of Server; returns the exit code."""
+def echo(address: Address, stats: bool, options: Mapping[str, Any], trace: str | None = None) -> int:
+    """Serve the echo until Ctrl-C, with options of Server; returns the exit code.
+
+    Args:
+        address: where to listen.
+        stats: print a line of figures every few seconds, and all of them at the end.
+        options: of Server.
+        trace: a file, for the newest operations; None: none.
+    """
+    if trace is not None:
+        with open(trace, "w", encoding="utf-8"):  # what cannot be written is told now, not at the end
+            options = {**options, "trace": TRACED}
     with Server(address, Echo, **options) as server:
         for bound in server.addresses:
             print(f"listening on {format_address(bound)}", flush=True)
-        server.serve_forever()
+        with _figures_now_and_then(server) if stats else contextlib.nullcontext():
+            server.serve_forever()
     if stats:
         _print_figures(server.stats())
+    if trace is not None:
+        print(f"{server.write_trace(trace)} records of the trace are in {trace}", flush=True)
     return 0
+
+
+@contextlib.contextmanager
+def _figures_now_and_then(server: Server) -> Iterator[None]:
+    """Print a line of figures every STATS_INTERVAL seconds, on a thread of its own: a terminal may block."""
+    over = threading.Event()
+
+    def tell() -> None:
+        before, then = server.stats(), time.perf_counter()
+        while not over.wait(STATS_INTERVAL):
+            figures, now = server.stats(), time.perf_counter()
+            print(figures_line(before, figures, now - then), flush=True)
+            before, then = figures, now
+
+    thread = threading.Thread(target=tell, name="iocp_ctypes figures")
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def figures_line(before: Stats, now: Stats, seconds: float) -> str:
+    """Return in one line what a server does, and how fast since it was asked before."""
+    receives = (now.receives - before.receives) / seconds
+    brought = (now.bytes_received - before.bytes_received) / seconds
+    sent = (now.bytes_sent - before.bytes_sent) / seconds
+    return (
+        f"{now.connections} connections (peak {now.connections_peak}), {now.accepted} accepted,"
+        f" {now.accept_failed} failed, {now.refused} refused, {now.reaped} reaped;"
+        f" {receives:.0f} receives/s, {brought / MIB:.2f} MiB/s in, {sent / MIB:.2f} MiB/s out;"
+        f" backlog {now.backlog.in_use} of {now.backlog.cap}, {now.sendcap.in_use} sends in flight,"
+        f" {now.write_queued} bytes queued, {now.engine.packets_per_reap:.1f} packets/reap"
+    )
 
 
 def _print_figures(figures: Any, prefix: str = "") -> None:

@@ -19,7 +19,7 @@ import errno
 import socket
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from ._addresses import Address, format_address, interleave, numeric_family
 from ._errors import ERROR_OPERATION_ABORTED, error_from_code
@@ -46,6 +46,7 @@ class Connector:
     """One connecting; thread-safe, nothing blocks."""
 
     local_raw = b""  # what a connection asks its socket for, while there is none
+    receives_at_once = receives_by_packet = sends_at_once = sends_by_packet = 0
 
     def __init__(
         self, engine: Engine, address: Address, local: Address | None, timeout: float | None, done: Done
@@ -65,6 +66,8 @@ class Connector:
         self._resolving = True
         self._timer: Deadline | None = None
         self._stagger: Deadline | None = None
+        #: What stands in for a socket while its operations are recorded; set before `start`.
+        self.traced: Callable[[Any], Any] | None = None
 
     def start(self) -> None:
         """Begin: look the name up, then connect."""
@@ -163,6 +166,8 @@ class Connector:
         except OSError as exc:
             self._error = self._error or exc
             return False
+        if self.traced is not None:
+            sock = self.traced(sock)
         if address[0] == "::1" or address[0].startswith("127."):
             sock.refuse_fast()
         operation = Operation()
@@ -251,6 +256,7 @@ class Connector:
             if winner is None and (self._attempts or self._waiting or (self._resolving and not self._over)):
                 return
             done, self._done = self._done, None
+            self.traced = None  # it refers to the connection, which may go on referring to us
             self._over = True
             timer, self._timer = self._timer, None
         if timer is not None:

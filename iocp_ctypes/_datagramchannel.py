@@ -46,6 +46,7 @@ from ._lifecycle import CloseReason
 from ._lifetime import RETRY_FIRST, RETRY_MAX
 from ._proactor import COMPLETED, PENDING, Operation
 from ._strand import Strand
+from ._tracing import Knobs, TracedDatagrams, other_number, rings_of, traced
 from .engine import Engine, enter_engine
 
 if TYPE_CHECKING:
@@ -89,7 +90,8 @@ class DatagramChannel:
     ) -> None:
         """Take a bound socket over; `_begin` begins to receive."""
         self._settings = settings
-        self._socket = sock
+        self._socket = sock  # or what stands in for it while it is traced
+        self._trace_number = 0
         self._dualstack = dualstack
         self._given = engine
         self._address = sock.address
@@ -142,7 +144,7 @@ class DatagramChannel:
                 raise RuntimeError("a Datagram is started once: make another")
             self._started = True
         try:
-            engine = enter_engine(self, self._at_exit, self._given, self._settings.io_threads)
+            engine = enter_engine(self, self._at_exit, self._given, self._settings.io_threads, self._retrace)
             try:
                 self._socket.attach(engine.proactor, engine.port)
             except BaseException:
@@ -157,11 +159,34 @@ class DatagramChannel:
         with self._lock:
             self._engine = engine
             self._strand = Strand(engine.dispatcher.call_soon)
+            self._trace_socket()
             if self._state == life.CONNECTING:
                 self._move(life.CONNECTED)
                 self._fill()
             else:  # closed meanwhile
                 self._strand.post(self._deliver_close)
+
+    # -- the trace ----------------------------------------------------------------------------------------
+
+    def _retrace(self) -> None:
+        """The engine's trace was switched. Any thread."""
+        with self._lock:
+            self._trace_socket()
+
+    def _trace_socket(self) -> None:
+        """Have the socket's operations recorded by the engine, or no longer. Needs the lock."""
+        assert self._lock._is_owned()
+        engine = self._engine
+        if engine is None:
+            return
+        rings = () if self._state == life.CLOSED else rings_of(engine.tracing)
+        if rings and not self._trace_number:
+            self._trace_number = other_number()
+        self._socket = traced(TracedDatagrams, self._socket, rings, self._trace_number, self._knobs)
+
+    def _knobs(self) -> Knobs:
+        receives = self._settings.recv_depth - len(self._free)
+        return None, int(self._sending is not None), receives, self._queued
 
     # -- receiving ----------------------------------------------------------------------------------------
 
@@ -463,6 +488,7 @@ class DatagramChannel:
     def _deliver_close(self) -> None:
         """Call on_close, leave the engine. On the strand, as its last task."""
         self._call(self.on_close, self._error)
+        self._retrace()
         self._closed_event.set()
         self._engine.leave_soon(self)
 

@@ -115,6 +115,7 @@ class DatagramSocket:
         port.associate(self._handle)
         self._proactor = proactor
         self._pending = proactor.pending
+        proactor.sockets.add(self._handle)
 
     @property
     def address(self) -> Address:
@@ -276,6 +277,8 @@ class DatagramSocket:
 
     def close(self) -> None:
         """Close the handle; twice is once."""
+        if self._proactor is not None:
+            self._proactor.sockets.discard(self._handle)
         self._handle = _win32.INVALID_SOCKET
         self._python.close()
 

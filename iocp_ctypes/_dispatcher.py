@@ -16,6 +16,7 @@ Laws
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
@@ -102,6 +103,7 @@ class Dispatcher:
         self._looking = threading.Lock()  # held exactly while looks for stalled threads are scheduled
         self._past_reaps = 0  # of threads that have ended
         self._past_packets = 0
+        self._past_turns = 0
         self.handoffs = 0
 
     # -- any thread -----------------------------------------------------------------------------------------
@@ -152,6 +154,12 @@ class Dispatcher:
         """How many packets were taken off the port, our own included."""
         with self._lock:
             return self._past_packets + sum(worker.packets for worker in self._workers)
+
+    @property
+    def turns(self) -> int:
+        """How much was served: packets, operations that completed at once, calls."""
+        with self._lock:
+            return self._past_turns + sum(worker.turn for worker in self._workers)
 
     @property
     def stalled(self) -> int:
@@ -219,6 +227,7 @@ class Dispatcher:
                 self._workers.discard(me)
                 self._past_reaps += me.reaps
                 self._past_packets += me.packets
+                self._past_turns += me.turn
                 self._serving.pop(me.ident, None)
                 if me in self._reserve:
                     self._reserve.remove(me)
@@ -300,6 +309,7 @@ class Dispatcher:
     # -- looking for stalled threads (on the thread of `later`) ---------------------------------------------
 
     def _look(self) -> None:
+        relieved: list[str] = []
         with self._lock:
             if self._stopping:
                 return
@@ -314,12 +324,17 @@ class Dispatcher:
                     worker.seen = -1
                     del self._serving[worker.ident]
                     self.handoffs += 1
+                    if log.isEnabledFor(logging.DEBUG) and worker.thread is not None:
+                        relieved.append(worker.thread.name)
                     hurry = True
                 else:
                     hurry = hurry or (self._hurrying and worker.seen < 0)  # it took over: look at it again
                     worker.seen = worker.turn
             self._hurrying = hurry
             self._fill()
+        for name in relieved:  # told by who takes over: a logging handler may block, and this thread may not
+            self._ready.append((functools.partial(log.debug, "%s is held up: another took over", name), 0))
+            self._wake_next()
         if busy:
             self._later(STALL_CHECK_AGAIN if hurry else STALL_CHECK, self._look)
             return

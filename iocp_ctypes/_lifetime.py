@@ -16,13 +16,14 @@ from __future__ import annotations
 import dataclasses
 import errno
 import itertools
+import logging
 import threading
 from collections.abc import Callable
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from . import _lifecycle as life
-from ._addresses import Address, parse_sockaddr
+from ._addresses import Address, format_address, parse_sockaddr
 from ._errors import ConnectionClosedError, reason_of
 from ._flow import WriteFlow
 from ._lifecycle import CloseReason
@@ -30,6 +31,7 @@ from ._options import Settings
 from ._proactor import Operation
 from ._sockops import OverlappedSocket
 from ._strand import Strand
+from ._tracing import Knobs, Trace, TracedSocket, rings_of, traced
 
 if TYPE_CHECKING:
     from ._connector import Connector
@@ -61,6 +63,19 @@ IDLE, POSTED, DELIVERING, ENDED = 0, 1, 2, 3
 _LOCKS: Final = tuple(threading.RLock() for _ in range(64))
 
 _numbers = itertools.count(1)
+_numbers_lock: Final = threading.RLock()  # without a GIL, count alone may give a number twice
+
+log = logging.getLogger("iocp_ctypes")
+
+
+class InUse(NamedTuple):
+    """What a connection has in use: operations that the kernel has, and bytes."""
+
+    sends: int
+    receives: int
+    queued: int  # bytes handed to send() and not accepted by the kernel
+    unread: int  # bytes that came and are not delivered
+    held: int  # those two, and the buffers of receives
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -72,6 +87,7 @@ class Home:
     failed: Callable[[Any, BaseException], None]  # called with the connection when a callback raised
     executor: Callable[[int], Callable[[Callable[[], None]], None]] | None  # of pinned connections
     is_callback_thread: Callable[[], bool]
+    trace: Trace | None = None  # of the server
 
 
 class Lifetime:
@@ -89,6 +105,7 @@ class Lifetime:
         "_idle_since",
         "_linger_due",
         "_lock",
+        "_logged",
         "_next_size",
         "_opened",
         "_operation",
@@ -106,6 +123,7 @@ class Lifetime:
         "_state",
         "_strand",
         "_timer",
+        "_trace",
         "bytes_received",
         "bytes_sent",
         "connected_at",
@@ -118,7 +136,8 @@ class Lifetime:
         self, server: Any, home: Home, sock: OverlappedSocket | Connector, settings: Settings, peer: Address
     ) -> None:
         """Give a connection its socket; what a subclass's `__init__` did or forgot does not matter here."""
-        self.id = next(_numbers)
+        with _numbers_lock:
+            self.id = next(_numbers)
         self.data: Any = None
         self.bytes_received = self.bytes_sent = 0
         self.connected_at = self.last_activity = self._silent_since = self._idle_since = monotonic()
@@ -148,6 +167,8 @@ class Lifetime:
         self._retry_due: float | None = None
         self._retry_delay = RETRY_FIRST
         self._closed_event: threading.Event | None = None
+        self._trace: Trace | None = None  # made when it is first switched on
+        self._logged = log.isEnabledFor(logging.DEBUG)  # asked once: it decides for begin and end
         self._next_size = self._first_size()
 
     def _attach_client(self, home: Home, connector: Connector, settings: Settings, peer: Address) -> None:
@@ -157,6 +178,9 @@ class Lifetime:
         self._state = life.CONNECTING
         self._reading = POSTED  # the connector counts as something in flight
         self._opened = True  # on_close is owed in any case: it says why connecting failed
+        if settings.trace:
+            self._trace = Trace(settings.trace)
+        connector.traced = self._traced
 
     def _connect_done(self, sock: OverlappedSocket | None, error: OSError | None) -> None:
         """The connector is done. On an I/O thread."""
@@ -189,6 +213,7 @@ class Lifetime:
         self.connected_at = self.last_activity = monotonic()
         self._move(life.CONNECTED)
         self._reading = DELIVERING
+        self._retrace()
         self._arm()
         return None
 
@@ -344,9 +369,55 @@ class Lifetime:
         with self._lock:
             self._opened = False
             event = self._closed_event
+            self._retrace()
+        if self._logged:
+            self._log_end(error)
         self._home.gone(self)
         if event is not None:
             event.set()
+
+    # -- what can be seen of it -----------------------------------------------------------------------------
+
+    def _in_use(self) -> InUse:
+        """What is in use at this instant. Any thread, with the lock or without."""
+        flow, operation, stash = self._flow, self._operation, self._stash
+        queued, unread = flow.size, sum(map(len, stash or ()))
+        posted = self._reading == POSTED and self._state != life.CONNECTING
+        room = operation.size if operation is not None else 0
+        return InUse(flow.sends, int(posted), queued, unread, queued + unread + room)
+
+    def _knobs(self) -> Knobs:
+        now = self._in_use()
+        return None, now.sends, now.receives, now.queued
+
+    def _retrace(self) -> None:
+        """Have the socket's operations recorded by the traces that are on, or no longer. Needs the lock."""
+        assert self._lock._is_owned()
+        if self._state != life.CONNECTING:
+            self._socket = self._traced(self._socket)
+
+    def _traced(self, sock: Any) -> Any:
+        """Return what stands in for a socket while it is traced. With no lock of ours, or any."""
+        if self._state == life.CLOSED:
+            rings: Any = ()  # a stand-in refers to its connection
+        else:
+            rings = rings_of(self._trace, self._home.trace, self._home.engine.tracing)
+        return traced(TracedSocket, sock, rings, self.id, self._knobs)
+
+    def _log_begin(self) -> None:
+        local = format_address(parse_sockaddr(self._socket.local_raw))
+        log.debug("connection %d is open: %s, here %s", self.id, format_address(self._peer_address), local)
+
+    def _log_end(self, error: OSError | None) -> None:
+        log.debug(
+            "connection %d with %s is closed: %s, %d bytes received, %d sent%s",
+            self.id,
+            format_address(self._peer_address),
+            self._reason,
+            self.bytes_received,
+            self.bytes_sent,
+            f" ({error})" if error is not None else "",
+        )
 
     # -- time -----------------------------------------------------------------------------------------------
 

@@ -53,6 +53,7 @@ class ServerOptions(TypedDict, total=False):
     keepalive: KeepAlive
     exclusive: bool
     dualstack: bool | None
+    trace: int
 
 
 class ClientOptions(TypedDict, total=False):
@@ -68,6 +69,7 @@ class ClientOptions(TypedDict, total=False):
     write_buffer_max: int
     nodelay: bool
     keepalive: KeepAlive
+    trace: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -94,6 +96,7 @@ class Settings:
     keepalive: KeepAlive = None
     exclusive: bool = True
     dualstack: bool | None = None
+    trace: int = 0
 
 
 Check = Callable[[str, Any], Any]
@@ -214,6 +217,7 @@ OPTIONS: Final[dict[str, Option]] = {
     "keepalive": Option(_keepalive, "seconds, or (idle, interval) in seconds; None: off"),
     "exclusive": Option(_flag(), "SO_EXCLUSIVEADDRUSE: nobody else binds over this server"),
     "dualstack": Option(_flag(none=True), "IPv6 sockets serve IPv4 too; None: only for the host ''"),
+    "trace": Option(_whole(0, 1_000_000), "operations that the trace remembers; 0: no trace"),
 }
 
 

@@ -123,10 +123,11 @@ class Proactor:
     because the appends and pops of a list are atomic.
     """
 
-    __slots__ = ("_receives", "pending", "sends")
+    __slots__ = ("_receives", "pending", "sends", "sockets")
 
     def __init__(self) -> None:
         self.pending: dict[int, Operation] = {}
+        self.sockets: set[int] = set()  # handles that are open; added once made, discarded before closing
         self.sends: list[Operation] = []
         self._receives: dict[int, list[Operation]] = {}
 
@@ -139,6 +140,18 @@ class Proactor:
         if code != WSA_IO_PENDING:
             del self.pending[operation.address]
         return code
+
+    @property
+    def bytes_pending(self) -> int:
+        """Bytes of the buffers that the kernel has: room of receives, data of sends."""
+        return sum(operation.size + operation.length for operation in self.pending.copy().values())
+
+    @property
+    def bytes_kept(self) -> int:
+        """Bytes of the buffers that are kept for use again."""
+        receives = sum(size * len(free) for size, free in self._receives.copy().items())
+        lengths = (operation.length for operation in self.sends.copy())
+        return receives + sum(length for length in lengths if length <= KEPT_DATA_MAX)
 
     def take_receive(self, size: int) -> Operation:
         """Return an operation with a buffer of `size` bytes that the kernel does not have."""

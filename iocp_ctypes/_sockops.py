@@ -109,6 +109,10 @@ class OverlappedSocket:
         "family",
         "local_raw",
         "peer_raw",
+        "receives_at_once",
+        "receives_by_packet",
+        "sends_at_once",
+        "sends_by_packet",
         "skips",
     )
 
@@ -121,6 +125,10 @@ class OverlappedSocket:
         self.family = family
         self._nodelay: bool | None = None  # None: not known
         self.skips = False  # true exactly when an operation that completes at once has no packet
+        # Operations issued. Whoever issues one holds the connection's lock, which makes them exact.
+        self.receives_at_once = self.receives_by_packet = 0
+        self.sends_at_once = self.sends_by_packet = 0
+        proactor.sockets.add(handle)
         self.local_raw = b""  # SOCKADDRs as the kernel wrote them; read when asked for
         self.peer_raw = b""
 
@@ -202,9 +210,15 @@ class OverlappedSocket:
         if not _win32.hot_receive(
             self._argument, operation.wsabuf, 1, None, operation.flags_argument, operation.overlapped, None
         ):
-            return COMPLETED if self.skips else PENDING
-        code = get_last_error()
-        if code != PENDING:
+            if self.skips:
+                self.receives_at_once += 1
+                return COMPLETED
+            code = PENDING
+        else:
+            code = get_last_error()
+        if code == PENDING:
+            self.receives_by_packet += 1
+        else:
             del self._pending[operation.address]
         return code
 
@@ -222,9 +236,13 @@ class OverlappedSocket:
         ):
             if self.skips:
                 del self._pending[operation.address]
+                self.sends_at_once += 1
                 return COMPLETED
-            return PENDING
-        return self._proactor.settle(operation)
+            code = PENDING
+        else:
+            code = self._proactor.settle(operation)
+        self.sends_by_packet += code == PENDING
+        return code
 
     # -- connecting -----------------------------------------------------------------------------------------
 
@@ -292,6 +310,7 @@ class OverlappedSocket:
         """Close the handle; twice is once."""
         handle, self._handle = self._handle, _win32.INVALID_SOCKET
         if handle != _win32.INVALID_SOCKET:
+            self._proactor.sockets.discard(handle)  # before the system gives the number to another
             _win32.closesocket(handle)
 
 
@@ -350,6 +369,7 @@ class ListeningSocket:
         self._accept_ex = _extension(self._handle, self.family, "AcceptEx")
         self._addresses_of = _extension(self._handle, self.family, "GetAcceptExSockaddrs")
         port.associate(self._handle)
+        proactor.sockets.add(self._handle)
 
     def accept(self, handler: Handler, data_size: int, home: Any) -> tuple[AcceptOperation | None, int]:
         """Issue an AcceptEx: the operation and PENDING, or None and the error code of what failed.
@@ -440,6 +460,7 @@ class ListeningSocket:
 
         The caller holds the lock of their pool.
         """
+        self._proactor.sockets.discard(self._handle)
         # Before the system gives the number to another socket.
         self._handle = self._context.value = _win32.INVALID_SOCKET
         self._python.close()

@@ -35,13 +35,20 @@ class _Client:
 
     def __init__(self, engine: Engine | None) -> None:
         self.connection: Connection | None = None  # from its attaching to its on_close: no cycle is left then
-        self.engine = enter_engine(self, self.at_exit, engine, 0)
+        self.engine = enter_engine(self, self.at_exit, engine, 0, self.retrace)
 
     def at_exit(self) -> None:
         """The interpreter ends."""
         connection = self.connection
         if connection is not None:
             connection.abort()
+
+    def retrace(self) -> None:
+        """The engine's trace was switched."""
+        connection = self.connection
+        if connection is not None:
+            with connection._lock:
+                connection._retrace()
 
     def gone(self, _connection: Connection) -> None:
         """on_close has returned."""

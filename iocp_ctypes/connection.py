@@ -8,6 +8,7 @@ Laws
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterable
 from time import monotonic
@@ -19,7 +20,10 @@ from ._channel import Buffer, Channel, as_bytes
 from ._errors import ConnectionClosedError
 from ._lifecycle import CloseReason
 from ._lifetime import DELIVERING, IDLE
-from ._options import KeepAlive, Usage, change
+from ._options import KeepAlive, Usage, change, check_option
+from ._stats import ConnectionStats, Traffic
+from ._trace import TraceRecord, write_trace
+from ._tracing import Trace
 
 
 class Connection(Channel):
@@ -326,6 +330,66 @@ class Connection(Channel):
         with self._lock:
             if self._state < life.CLOSED:
                 self._socket.set_keepalive(self._settings.keepalive)
+
+    # -- figures and trace ----------------------------------------------------------------------------------
+
+    def stats(self) -> ConnectionStats:
+        """Return the figures of this instant. Any thread; never blocks."""
+        traffic, now, clock = Traffic(), self._in_use(), monotonic()
+        traffic.add(self)
+        return ConnectionStats(
+            id=self.id,
+            age=max(0.0, clock - self.connected_at),
+            idle=max(0.0, clock - self.last_activity),
+            bytes_received=traffic.bytes_received,
+            bytes_sent=traffic.bytes_sent,
+            receives=traffic.receives,
+            receives_at_once=traffic.receives_at_once,
+            sends=traffic.sends,
+            sends_at_once=traffic.sends_at_once,
+            sendcap=Usage(self._settings.sendcap, now.sends),
+            recvburst=Usage(1, now.receives),
+            write_queued=now.queued,
+            unread=now.unread,
+            bytes_held=now.held,
+        )
+
+    @property
+    def trace(self) -> int:
+        """How many operations this connection's own trace remembers; 0: none. Assign to switch it."""
+        trace = self._trace
+        return trace.size if trace is not None else 0
+
+    @trace.setter
+    def trace(self, size: int) -> None:
+        check_option("trace", size)
+        with self._lock:
+            if self._trace is None:
+                self._trace = Trace()
+            self._trace.switch(size)
+            self._retrace()
+
+    def trace_records(self) -> list[TraceRecord]:
+        """Return this connection's trace, the oldest first.
+
+        Its own, where it had one; else what its server's or its engine's has of it. Any thread; never blocks.
+        """
+        own, server, engine = self._trace, self._home.trace, self._home.engine.tracing
+        if own is not None and own.was_on:
+            return own.records()
+        found = server.records() if server is not None and server.was_on else engine.records()
+        return [record for record in found if record.connection == self.id]
+
+    def write_trace(self, path: str | os.PathLike[str]) -> int:
+        """Write its trace as a file for ui.perfetto.dev (Chrome trace format), while traffic goes on.
+
+        Args:
+            path: the file, which is replaced.
+
+        Returns:
+            How many records were written. OSError where that cannot be done. Any thread; blocks as files do.
+        """
+        return write_trace(path, self.trace_records())
 
     def __repr__(self) -> str:
         if not hasattr(self, "_state"):

@@ -27,6 +27,8 @@ from ._options import check_option
 from ._port import CompletionPort
 from ._proactor import Proactor
 from ._stats import EngineStats
+from ._trace import TraceRecord, write_trace
+from ._tracing import Trace
 from .watchdog import Watchdog
 
 #: Seconds an engine's threads get to end at stop; a callback that blocks for longer is left behind.
@@ -52,11 +54,12 @@ def default_io_threads() -> int:
 class Engine:
     """A completion port, its threads and its watchdog. Thread-safe; nothing here but `stop` blocks."""
 
-    def __init__(self, io_threads: int = 0) -> None:
+    def __init__(self, io_threads: int = 0, trace: int = 0) -> None:
         """Make an engine; it starts with its first user.
 
         Args:
             io_threads: I/O threads that serve at a time, 0 to 256; 0: sized from the processors.
+            trace: operations of all its users that its trace remembers, 0 to 1000000; 0: no trace.
         """
         check_option("io_threads", io_threads)
         running = io_threads or default_io_threads()
@@ -71,6 +74,8 @@ class Engine:
         self._started = False
         self._stopped = False
         self._exit_actions: dict[int, Callable[[], None]] = {}
+        self._retraces: dict[int, Callable[[], None]] = {}
+        self.tracing = Trace(trace)
         self._retries = 0
         self._look_ups: deque[Callable[[], None]] = deque()
         self._resolvers = 0
@@ -120,16 +125,24 @@ class Engine:
                 look_up = self._look_ups.popleft()
             look_up()
 
-    def enter(self, user: Any, at_exit: Callable[[], None]) -> None:
-        """Begin to use the engine; `at_exit` is called when the interpreter ends before `leave` was."""
-        if not self._try_enter(user, at_exit):
+    def enter(
+        self, user: Any, at_exit: Callable[[], None], retrace: Callable[[], None] | None = None
+    ) -> None:
+        """Begin to use the engine.
+
+        `at_exit` is called when the interpreter ends before `leave` was, `retrace` when the engine's trace
+        was switched.
+        """
+        if not self._try_enter(user, at_exit, retrace):
             raise RuntimeError("this engine has been stopped: make another")
 
-    def _try_enter(self, user: Any, at_exit: Callable[[], None]) -> bool:
+    def _try_enter(self, user: Any, at_exit: Callable[[], None], retrace: Callable[[], None] | None) -> bool:
         with self._lock:
             if self._stopped:
                 return False
             self._exit_actions[id(user)] = at_exit
+            if retrace is not None:
+                self._retraces[id(user)] = retrace
             if not self._started:
                 self._started = True
                 self.watchdog.start()
@@ -153,6 +166,7 @@ class Engine:
 
     def _was_last(self, user: Any) -> bool:
         with self._lock:
+            self._retraces.pop(id(user), None)
             if self._exit_actions.pop(id(user), None) is None or self._exit_actions or self._stopped:
                 return False
             self._stopped = True
@@ -173,6 +187,10 @@ class Engine:
             self.port.close()
         with _engines_lock:
             _engines.discard(self)
+        if ended:
+            log.debug("an engine has stopped, and its threads have ended")
+        else:
+            log.warning("an engine has stopped and left threads behind that callbacks keep")
         return ended
 
     def stop_at_exit(self) -> None:
@@ -191,16 +209,48 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Return the figures of this instant."""
-        dispatcher = self.dispatcher
+        dispatcher, proactor = self.dispatcher, self.proactor
+        reaps, packets = dispatcher.reaps, dispatcher.packets
         return EngineStats(
             io_threads=dispatcher.threads,
             stalled_threads=dispatcher.stalled,
+            users=len(self._exit_actions),
+            sockets=len(proactor.sockets),
             ops_pending=self.ops_pending,
-            packets=dispatcher.packets,
-            reaps=dispatcher.reaps,
+            bytes_pending=proactor.bytes_pending,
+            bytes_kept=proactor.bytes_kept,
+            deadlines=len(self.watchdog),
+            packets=packets,
+            reaps=reaps,
+            packets_per_reap=packets / reaps if reaps else 0.0,
+            turns=dispatcher.turns,
             handoffs=dispatcher.handoffs,
             resource_retries=self._retries,
         )
+
+    @property
+    def trace(self) -> int:
+        """How many operations of all its users the trace remembers; 0: none. Assign to switch it."""
+        return self.tracing.size
+
+    @trace.setter
+    def trace(self, size: int) -> None:
+        self.tracing.switch(size)
+        with self._lock:
+            retraces = list(self._retraces.values())
+        for retrace in retraces:
+            retrace()
+
+    def trace_records(self) -> list[TraceRecord]:
+        """Return the trace of all servers, clients and datagram sockets on this engine, the oldest first.
+
+        What was recorded stays until the trace is switched on again. Any thread; does not block.
+        """
+        return self.tracing.records()
+
+    def write_trace(self, path: str | os.PathLike[str]) -> int:
+        """Write the trace as a file for ui.perfetto.dev; as `Server.write_trace`."""
+        return write_trace(path, self.trace_records())
 
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
@@ -209,7 +259,13 @@ _shared: Engine | None = None
 _shared_lock = threading.Lock()
 
 
-def enter_engine(user: Any, at_exit: Callable[[], None], given: Engine | None, io_threads: int) -> Engine:
+def enter_engine(
+    user: Any,
+    at_exit: Callable[[], None],
+    given: Engine | None,
+    io_threads: int,
+    retrace: Callable[[], None] | None = None,
+) -> Engine:
     """Enter the engine a user is to have.
 
     The given one, one of its own for its `io_threads`, or the shared one.
@@ -217,12 +273,12 @@ def enter_engine(user: Any, at_exit: Callable[[], None], given: Engine | None, i
     global _shared
     if given is not None or io_threads:
         engine = given if given is not None else Engine(io_threads)
-        engine.enter(user, at_exit)
+        engine.enter(user, at_exit, retrace)
         return engine
     with _shared_lock:  # one new engine, whoever finds the old one left by its last user
-        if _shared is None or not _shared._try_enter(user, at_exit):
+        if _shared is None or not _shared._try_enter(user, at_exit, retrace):
             _shared = Engine()
-            _shared.enter(user, at_exit)
+            _shared.enter(user, at_exit, retrace)
         return _shared
 
 

@@ -27,7 +27,7 @@ from ._lifecycle import CloseReason
 from ._lifetime import Home
 from ._options import Live, ServerOptions, Settings, Usage, change, make_settings
 from ._sockops import ListeningSocket, OverlappedSocket, listen
-from ._stats import Stats
+from ._watching import Watched
 from .connection import Connection
 from .engine import Engine, enter_engine
 from .workers import WorkThreads
@@ -43,13 +43,11 @@ INTERRUPT_TIMEOUT: Final = 0.15
 ABORT_TIMEOUT: Final = 1.0
 #: listen_backlog where the user names none; above 200 Windows takes the number as it is (SOMAXCONN_HINT).
 LISTEN_BACKLOG_MIN: Final = 200
-#: Reasons for which the watchdog ends a connection.
-REAPED: Final = (CloseReason.SILENT, CloseReason.IDLE, CloseReason.DEADLINE)
 
 log = logging.getLogger("iocp_ctypes")
 
 
-class Server:
+class Server(Watched):
     """A TCP server on a completion port.
 
     Use `serve_forever()`, or `start()` and `stop()`, or a `with` block, which starts and stops it.
@@ -65,6 +63,7 @@ class Server:
     high_mark = Live[int]("high_mark")
     low_mark = Live[int]("low_mark")
     write_buffer_max = Live[int]("write_buffer_max")
+    trace = Live[int]("trace")
 
     def __init__(
         self,
@@ -110,10 +109,7 @@ class Server:
         self._open = 0
         self._peak = 0
         self._hosts: Counter[str] = Counter()
-        self._counts: Counter[str] = Counter()
-        self._closed: Counter[str] = Counter()
-        self._bytes_received = 0
-        self._bytes_sent = 0
+        self._begin_counting(self._settings.trace)
         self._acceptor: Acceptor | None = None
         self._workers: WorkThreads | None = None
         self._home: Home | None = None
@@ -150,7 +146,9 @@ class Server:
             if self._engine is not None or self._stopping:
                 raise RuntimeError("this server was started before: make another")
             settings = self._settings
-            engine = self._engine = enter_engine(self, self._at_exit, self._given_engine, settings.io_threads)
+            engine = self._engine = enter_engine(
+                self, self._at_exit, self._given_engine, settings.io_threads, self._retrace
+            )
             workers = self._workers = WorkThreads(settings.work_threads) if settings.work_threads else None
             self._home = Home(
                 engine=engine,
@@ -158,6 +156,7 @@ class Server:
                 failed=self._callback_failed,
                 executor=workers.executor if workers else None,
                 is_callback_thread=self._is_callback_thread,
+                trace=self._trace,
             )
             try:
                 listening = [ListeningSocket(sock, engine.proactor, engine.port) for sock in self._sockets]
@@ -175,6 +174,7 @@ class Server:
             )
         if workers:
             workers.start()
+        self._retrace()
         self._acceptor.top_up()
         if settings.accept_data:
             self._look_for_silent()
@@ -248,6 +248,11 @@ class Server:
         if self._engine is not None:
             ended = self._engine.leave(self, ABORT_TIMEOUT) and ended
         self._stopped.set()
+        log.debug(
+            "stopped serving %s: %s",
+            ", ".join(format_address(address) for address in self.addresses),
+            "all has ended" if gone and ended else "callbacks that go on were left behind",
+        )
         return gone and ended
 
     def server_close(self) -> None:
@@ -399,8 +404,7 @@ class Server:
             self._connections.pop(connection.id, None)
             self._open -= 1
             self._closed[str(connection.close_reason)] += 1
-            self._bytes_received += connection.bytes_received
-            self._bytes_sent += connection.bytes_sent
+            self._past.add(connection)
             if self._stopping:
                 self._gone_one.notify_all()
         self._refill()
@@ -530,6 +534,9 @@ class Server:
             self._acceptor.top_up()
             if self._parked and self._engine is not None:
                 self._engine.dispatcher.call_soon(self._refill)
+        if name == "trace":
+            self._trace.switch(value)
+            self._retrace()
 
     @property
     def backlog(self) -> Usage:
@@ -558,32 +565,6 @@ class Server:
     @sendcap.setter
     def sendcap(self, cap: int) -> None:
         self._change("sendcap", cap)
-
-    def stats(self) -> Stats:
-        """Return the figures of this instant. RuntimeError before `start`."""
-        acceptor, engine = self._acceptor, self._engine
-        if acceptor is None or engine is None:
-            raise RuntimeError("the server has not been started: there are no figures")
-        living = self.connections
-        with self._lock:
-            closed, counts = dict(self._closed), self._counts.copy()
-            received, sent, peak, is_open = self._bytes_received, self._bytes_sent, self._peak, self._open
-        return Stats(
-            connections=is_open,
-            connections_peak=peak,
-            accepted=counts["accepted"],
-            refused=counts["refused"],
-            accept_failed=acceptor.failed + counts["accept_failed"],
-            accept_unreplaced=acceptor.unreplaced,
-            backlog=acceptor.usage,
-            bytes_received=received + sum(connection.bytes_received for connection in living),
-            bytes_sent=sent + sum(connection.bytes_sent for connection in living),
-            closed=closed,
-            reaped=acceptor.reaped + sum(closed.get(reason.value, 0) for reason in REAPED),
-            last_accept=acceptor.last_accept,
-            work_queued=self._workers.queued() if self._workers else (),
-            engine=engine.stats(),
-        )
 
 
 def _check_handler(handler: Any) -> Handler:

@@ -17,6 +17,7 @@ from typing import Any, Final
 from iocp_ctypes._deadlines import Deadline, Deadlines
 from iocp_ctypes._errors import STATUS_CANCELLED, error_from_code
 from iocp_ctypes._proactor import COMPLETED, PENDING, Operation, Proactor
+from iocp_ctypes._tracing import Trace
 
 STATUS_SUCCESS: Final = 0
 STATUS_RESET: Final = 0xC000020D
@@ -199,6 +200,7 @@ class FakeEngine:
         self.proactor = Proactor()
         self.watchdog = FakeWatchdog(self.clock)
         self.dispatcher = FakeDispatcher(self.proactor)
+        self.tracing = Trace()
         self.retries = 0
 
     @property
@@ -252,6 +254,8 @@ class FakeSocket:
         self.family = 2
         self.local_raw = self.peer_raw = b""
         self.skips = skips
+        self.receives_at_once = self.receives_by_packet = 0
+        self.sends_at_once = self.sends_by_packet = 0
         self.sent = bytearray()
         self.incoming: deque[bytes] = deque()
         self.sends: list[tuple[Operation, bytes]] = []  # what the kernel has, oldest first

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+import dataclasses
 import re
 import socket
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+from perfetto import read_trace
 from program import Program, running
 from support import LOOPBACK, raw, reachable, wait_until
 
@@ -104,6 +107,66 @@ def test_echo_prints_figures_if_asked_to(
     told = dict(line.split(": ", 1) for line in figures)
     assert (told["accepted"], told["bytes_received"], told["bytes_sent"]) == ("3", "15", "15")
     assert told["engine.ops_pending"] == "0"
+
+
+def test_echo_prints_a_line_of_figures_every_few_seconds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(_commands, "STATS_INTERVAL", 0.05)
+    told: list[str] = []
+
+    def meanwhile(server: Noted) -> None:
+        with raw(server.address) as client:
+            client.sendall(b"12345")
+            wait_until(lambda: told.append(capsys.readouterr().out) or "1 accepted" in "".join(told))
+
+    assert echo_until_interrupted(monkeypatch, "--port", "0", "--stats", meanwhile=meanwhile) == 0
+    lines = ("".join(told) + capsys.readouterr().out).splitlines()[1:]
+    figures = [line for line in lines if "receives/s" in line]
+    pattern = (
+        r"(\d+) connections \(peak \d+\), \d+ accepted, 0 failed, 0 refused, 0 reaped;"
+        r" \d+ receives/s, \d+\.\d\d MiB/s in, \d+\.\d\d MiB/s out;"
+        r" backlog \d+ of 64, 0 sends in flight, 0 bytes queued, \d+\.\d packets/reap"
+    )
+    assert figures
+    assert all(re.fullmatch(pattern, line) for line in figures), figures
+    assert any(line.startswith("1 connections") for line in figures)
+    assert "accepted: 1" in lines, "all figures come at the end as well"
+    assert not [thread for thread in threading.enumerate() if thread.name == "iocp_ctypes figures"]
+
+
+def test_a_line_of_figures_tells_rates() -> None:
+    with Server(LOOPBACK, _commands.Echo, io_threads=1) as server:
+        before = server.stats()
+        now = dataclasses.replace(before, receives=before.receives + 40, bytes_sent=4 << 20)
+        assert "; 20 receives/s, 0.00 MiB/s in, 2.00 MiB/s out;" in _commands.figures_line(before, now, 2.0)
+
+
+def test_echo_writes_a_trace(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "echo.json"
+    words = ["--port", "0", "--trace", str(file)]
+    assert (
+        echo_until_interrupted(monkeypatch, *words, meanwhile=lambda server: reachable(server.address)) == 0
+    )
+    told = re.fullmatch(r"(\d+) records of the trace are in (.*)", capsys.readouterr().out.splitlines()[-1])
+    assert told is not None
+    assert told[2] == str(file)
+    found = read_trace(file)
+    assert len(found.slices) == int(told[1])
+    assert found.names["send"] == 1
+
+
+def test_a_trace_that_cannot_be_written_is_told_at_once(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["echo", "--port", "0", "--trace", str(tmp_path / "missing" / "trace.json")])
+    assert caught.value.code == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
 
 
 def test_echo_names_every_address(

@@ -225,6 +225,24 @@ def test_operations_are_used_again_and_receives_by_their_size(proactor: Proactor
     assert proactor.take_send() is not zero, "sends and receives are kept apart"
 
 
+def test_bytes_are_counted_where_they_are(proactor: Proactor) -> None:
+    assert proactor.bytes_pending == proactor.bytes_kept == 0
+    receive, send, large = proactor.take_receive(100), proactor.take_send(), proactor.take_send()
+    send.load(bytes(30))
+    large.load(bytes(KEPT_DATA_MAX + 1))
+    for operation in (receive, send, large):
+        proactor.pending[operation.address] = operation
+    assert proactor.bytes_pending == 100 + 30 + KEPT_DATA_MAX + 1
+    assert proactor.bytes_kept == 0
+    for operation in (receive, send, large):
+        del proactor.pending[operation.address]
+    proactor.give_receive(receive)
+    proactor.give_send(send)
+    proactor.give_send(large)
+    assert proactor.bytes_pending == 0
+    assert proactor.bytes_kept == 100 + 30, "the large one forgot its data"
+
+
 def test_what_is_kept_is_bounded(proactor: Proactor) -> None:
     for _ in range(KEPT_MAX + 5):
         proactor.give_send(Operation())

@@ -82,6 +82,8 @@ BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"keepalive": "on"}, TypeError, "seconds"),
     ({"exclusive": None}, TypeError, "True or False"),
     ({"dualstack": 0}, TypeError, "True, False or None"),
+    ({"trace": -1}, ValueError, "from 0 to 1000000"),
+    ({"trace": "trace.json"}, TypeError, "from 0 to 1000000"),
     ({"blacklog": 5}, TypeError, "the options are backlog"),
 ]
 
@@ -1200,5 +1202,6 @@ def test_the_defaults_are_those_of_the_documentation() -> None:
         "keepalive": None,
         "exclusive": True,
         "dualstack": None,
+        "trace": 0,
     }
     assert server_module.LISTEN_BACKLOG_MIN == 200

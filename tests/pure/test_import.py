@@ -17,7 +17,16 @@ import pytest
 import iocp_ctypes
 
 FOLDER = Path(iocp_ctypes.__file__).parent
-PURE = {"CloseReason", "ConnectionClosedError", "EngineStats", "OPTIONS", "Stats", "Usage"}
+PURE = {
+    "CloseReason",
+    "ConnectionClosedError",
+    "ConnectionStats",
+    "EngineStats",
+    "OPTIONS",
+    "Stats",
+    "TraceRecord",
+    "Usage",
+}
 BOUND = {
     "Connection",
     "Datagram",
@@ -40,6 +49,7 @@ PURE_MODULES = (
     "_options",
     "_stats",
     "_strand",
+    "_trace",
 )
 BOUND_MODULES = (
     "_acceptor",

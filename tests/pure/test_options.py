@@ -95,6 +95,7 @@ CASES = {
     ),
     "exclusive": flag(True),
     "dualstack": flag(None, none=True),
+    "trace": whole(0, 0, 1_000_000),
 }
 OF_WRONG_TYPE: list[Any] = ["5", b"5", [5], {}, object(), 1 + 2j]
 

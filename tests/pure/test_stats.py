@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 from typing import Any
 
 import pytest
 
 import iocp_ctypes
-from iocp_ctypes import EngineStats, Stats, Usage
+from iocp_ctypes import ConnectionStats, EngineStats, Stats, Usage, _stats
+from iocp_ctypes._stats import Traffic
 
 ENGINE: dict[str, Any] = {
     field.name: number for number, field in enumerate(dataclasses.fields(EngineStats), 1)
@@ -51,7 +53,19 @@ def test_the_names_an_operator_relies_on() -> None:
         "work_queued",
         "engine",
     }
-    assert {"Stats", "EngineStats", "Usage"} <= set(iocp_ctypes.__all__)
+    assert {field.name for field in dataclasses.fields(ConnectionStats)} >= {
+        "bytes_received",
+        "bytes_sent",
+        "receives",
+        "receives_at_once",
+        "sends",
+        "sends_at_once",
+        "sendcap",
+        "recvburst",
+        "write_queued",
+        "unread",
+    }
+    assert {"Stats", "EngineStats", "ConnectionStats", "Usage"} <= set(iocp_ctypes.__all__)
 
 
 @pytest.mark.parametrize("kind", [Stats, EngineStats])
@@ -66,7 +80,7 @@ def test_figures_are_a_snapshot_nobody_changes(kind: Any) -> None:
 
 def test_no_figure_has_a_default() -> None:
     # A figure that somebody forgot to fill in must not look like a zero.
-    for kind in (Stats, EngineStats):
+    for kind in (Stats, EngineStats, ConnectionStats):
         for field in dataclasses.fields(kind):
             assert field.default is dataclasses.MISSING, field.name
             assert field.default_factory is dataclasses.MISSING, field.name
@@ -83,3 +97,37 @@ def test_figures_become_json_for_a_monitor() -> None:
     assert written["backlog"] == [64, 63]
     assert written["closed"] == {"eof": 3, "reset": 1}
     assert written["engine"] == ENGINE
+
+
+def test_every_figure_is_explained() -> None:
+    source = inspect.getsource(_stats)
+    for kind in (Stats, EngineStats, ConnectionStats):
+        lines = inspect.getsource(kind).splitlines()
+        for field in dataclasses.fields(kind):
+            (line,) = [line for line in lines if line.strip().startswith(f"{field.name}: ")]
+            assert "  # " in line or field.name in ("id", "engine"), f"{kind.__name__}.{field.name}"
+    assert "seconds" in source
+    assert "bytes" in source
+
+
+class Moved:
+    """What a connection and its socket have counted."""
+
+    def __init__(self, factor: int) -> None:
+        self._socket: Any = self
+        self.bytes_received, self.bytes_sent = 1 * factor, 2 * factor
+        self.receives_at_once, self.receives_by_packet = 3 * factor, 4 * factor
+        self.sends_at_once, self.sends_by_packet = 5 * factor, 6 * factor
+
+
+def test_traffic_is_a_sum() -> None:
+    total = Traffic()
+    assert (total.receives, total.sends) == (0, 0)
+    for factor in (1, 10):
+        total.add(Moved(factor))
+    assert (total.bytes_received, total.bytes_sent) == (11, 22)
+    assert (total.receives, total.receives_at_once) == (77, 33)
+    assert (total.sends, total.sends_at_once) == (121, 55)
+    copy = Traffic(total)
+    copy.add(Moved(100))
+    assert (copy.receives, total.receives) == (777, 77)
