@@ -10,8 +10,12 @@ Laws
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable
-from typing import Any, Final, Generic, NamedTuple, TypedDict, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypedDict, TypeVar, overload
+
+if TYPE_CHECKING:
+    import ssl
 
 T = TypeVar("T")
 
@@ -53,6 +57,8 @@ class ServerOptions(TypedDict, total=False):
     keepalive: KeepAlive
     exclusive: bool
     dualstack: bool | None
+    tls: ssl.SSLContext | None
+    tls_handshake_timeout: float
 
 
 class ClientOptions(TypedDict, total=False):
@@ -68,6 +74,8 @@ class ClientOptions(TypedDict, total=False):
     write_buffer_max: int
     nodelay: bool
     keepalive: KeepAlive
+    tls: ssl.SSLContext | None
+    tls_handshake_timeout: float
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -94,6 +102,8 @@ class Settings:
     keepalive: KeepAlive = None
     exclusive: bool = True
     dualstack: bool | None = None
+    tls: ssl.SSLContext | None = None
+    tls_handshake_timeout: float = 10.0
 
 
 Check = Callable[[str, Any], Any]
@@ -176,6 +186,13 @@ def _keepalive(name: str, value: Any) -> Any:
     return (idle, interval) if parts is value else idle
 
 
+def _context(name: str, value: Any) -> Any:
+    # Who has a context has imported `ssl`, which is slow to import and may be missing.
+    if value is not None and not isinstance(value, getattr(sys.modules.get("ssl"), "SSLContext", ())):
+        raise TypeError(f"{name}={value!r}: must be an ssl.SSLContext or None")
+    return value
+
+
 #: A year: longer timeouts are a mistake in the unit.
 SECONDS_MAX: Final = 365 * 86400.0
 #: 49 days: Windows takes these times as a DWORD of milliseconds.
@@ -214,6 +231,8 @@ OPTIONS: Final[dict[str, Option]] = {
     "keepalive": Option(_keepalive, "seconds, or (idle, interval) in seconds; None: off"),
     "exclusive": Option(_flag(), "SO_EXCLUSIVEADDRUSE: nobody else binds over this server"),
     "dualstack": Option(_flag(none=True), "IPv6 sockets serve IPv4 too; None: only for the host ''"),
+    "tls": Option(_context, "an ssl.SSLContext: connections begin with a TLS handshake"),
+    "tls_handshake_timeout": Option(_seconds(none=False), "seconds that a TLS handshake may take"),
 }
 
 
