@@ -222,28 +222,34 @@ class TLSChannel(Channel):
 
     def _deliver_secure(self, data: bytes) -> None:
         """Decrypt what came, hand it to on_data, receive on. On the strand."""
-        codec = self._tls
-        assert codec is not None
-        with self._lock:
-            if self._is_deaf():
-                self._receive_next()
+        if self._shaking is not None:
+            if not self._deliver_handshake(data):
                 return
-            codec.feed(data)
-        if self._shaking is not None and not self._shake():
-            with self._lock:
-                if self._eof_in and self._state == life.OPEN:
-                    self._truncated()  # it was told while reading was paused
-                self._receive_next()
-            return
+            data = b""
         most = max(self._settings.recv_size, len(data))
-        while plain := self._decrypt(most):
+        plain = self._decrypt(most, data)
+        while plain:
             if self._state == life.OPEN:
                 try:
                     self.on_data(plain)
                 except BaseException as exc:
                     self._callback_raised(exc)
+            plain = self._decrypt(most, b"")
         if plain is not None:
             self._deliver_eof()
+
+    def _deliver_handshake(self, data: bytes) -> bool:
+        """Go on with the handshake, then receive on; return whether it is complete. On the strand."""
+        assert self._tls is not None
+        with self._lock:
+            deaf = self._is_deaf()
+            if not deaf:
+                self._tls.feed(data)
+        if not deaf and self._shake():
+            return True
+        with self._lock:
+            self._receive_next()
+        return False
 
     def _is_deaf(self) -> bool:
         """Whether what comes is dropped: we are closing, and need nothing of the peer for it."""
@@ -254,28 +260,34 @@ class TLSChannel(Channel):
             return True
         return self._shaking is None and not self._secure_flow.blocked
 
-    def _decrypt(self, most: int) -> bytes | None:
-        """Return the next plaintext, none at the peer's close_notify; None where all is done for now."""
-        codec, flow = self._tls, self._secure_flow
+    def _decrypt(self, most: int, data: bytes) -> bytes | None:
+        """Take ciphertext; return the next plaintext, none of it at the peer's close_notify.
+
+        None where all is done for now: then the next receive is posted, or resume_reading has it posted.
+        """
+        codec = self._tls
         assert codec is not None
         with self._lock:
-            if self._state == life.OPEN and self._paused:
-                self._reading = IDLE  # what the codec has waits there
-                return None
-            data = None
-            if not self._is_deaf():
+            if self._state == life.OPEN or not self._is_deaf():
+                if data:
+                    codec.feed(data)
+                if self._state == life.OPEN and self._paused:
+                    self._reading = IDLE  # what the codec has waits there
+                    return None
+                error = plain = None
                 try:
-                    data = codec.read(most)
+                    plain = codec.read(most)
                 except OSError as exc:
-                    self._put_out(codec.output())
-                    self._tls_failed(exc)
-                else:
-                    self._put_out(codec.output())
-                    if flow.blocked:
-                        self._flush()
-                        self._advance()
-            if data is not None:
-                return data
+                    error = exc
+                if out := codec.output():
+                    self._put_out(out)
+                if error is not None:
+                    self._tls_failed(error)
+                elif self._secure_flow.blocked:
+                    self._flush()
+                    self._advance()
+                if plain is not None:
+                    return plain
             if codec.ended and self._state == life.OPEN:
                 self._eof_in = True
                 return b""
@@ -285,7 +297,7 @@ class TLSChannel(Channel):
             return None
 
     def _cut_off(self) -> bool:
-        """The peer's FIN came: False where TLS had ended before. On the strand."""
+        """The peer's FIN came, without close_notify; False where there was one before. On the strand."""
         assert self._tls is not None
         if self._tls.ended:
             return False
@@ -318,7 +330,7 @@ class TLSChannel(Channel):
         if not data or codec.closed or self._state >= life.LINGERING:
             return
         flow.push_wire(data)
-        if flow.size > self._settings.write_buffer_max:
+        if self._shaking is None and flow.size > self._settings.write_buffer_max:
             self._overflow()  # a peer that asks for new keys again and again, and does not read
         else:
             self._flush()

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from secure import TLS12, TLS13, certificate, client_context, no_verifying, server_context
 
-from iocp_ctypes import ConnectionClosedError, Server, StreamServer, connect, open_stream
+from iocp_ctypes import ConnectionClosedError, Server, StreamServer, _tlschannel, connect, open_stream
 from iocp_ctypes._sockops import OverlappedSocket
 from iocp_ctypes.tls import TLSCodec
 
@@ -790,6 +790,59 @@ def test_handles_stay_flat(flat_handles: None) -> None:
                     sock.recv(100)
 
 
+def test_encrypting_that_fails_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(Echo, tls=SERVER) as server, tls_raw(server.address) as client:
+        echoes(client)
+
+        def failing(_self: Any, _data: Any) -> int:
+            raise ssl.SSLError("no more")
+
+        monkeypatch.setattr(TLSCodec, "write", failing)
+        client.sendall(b"x")
+        [connection] = made(Echo)
+        connection.until("close")
+        connection.check()
+        assert connection.close_reason == "tls"
+        assert str(connection.calls[-1].value) == "('no more',)"
+
+
+def test_what_tls_says_by_itself_is_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer that asks for new keys again and again and does not read: each answer is kept for it."""
+    with serving(Recorder, tls=SERVER, write_buffer_max=MIB) as server, tls_raw(server.address) as client:
+        [connection] = made(Recorder)
+        connection.until("connect")
+        monkeypatch.setattr(TLSCodec, "output", lambda _self: bytes(100_000))
+        with contextlib.suppress(OSError):
+            while not connection.closed:
+                client.sendall(b"x")
+                time.sleep(0.01)
+        connection.until("close")
+        connection.check()
+        assert connection.close_reason == "overflow"
+
+
+def test_a_handshake_needs_no_room_in_the_write_buffer() -> None:
+    marks: Any = {"write_buffer_max": 100, "high_mark": 100, "low_mark": 0}
+    with serving(Echo, tls=SERVER, **marks) as server, asking(server.address, **marks) as client:
+        client.send(b"x")
+        client.until("data")
+
+
+def test_a_context_that_went_bad_is_logged_and_ends_its_connections(
+    monkeypatch: pytest.MonkeyPatch, expects_errors: list[Any]
+) -> None:
+    def refuse(*_args: Any) -> TLSCodec:
+        raise ValueError("no good")
+
+    with serving(Echo, tls=SERVER) as server:
+        monkeypatch.setattr(_tlschannel, "make_codec", refuse)
+        with raw(server.address) as client, contextlib.suppress(ConnectionError):
+            assert client.recv(1) == b""
+        closed_as(server, "tls")
+        assert made(Echo)[0].names == []
+    assert "the context of tls= cannot be used: no good" in expects_errors[0].getMessage()
+
+
 # -- STARTTLS ------------------------------------------------------------------------------------------------
 
 
@@ -864,7 +917,7 @@ def test_starttls_with_the_handshake_behind_the_command() -> None:
 
 
 def test_what_is_put_behind_the_command_in_the_clear_is_never_taken_for_private() -> None:
-    with serving(Mail) as server, raw(server.address) as sock:
+    with serving(Mail, linger_timeout=0.1) as server, raw(server.address) as sock:
         assert answer(sock) == b"220 hello"
         sock.sendall(b"STARTTLS\r\nMAIL FROM:<attacker@example.org>\r\n")
         assert answer(sock) == b"220 go ahead"
