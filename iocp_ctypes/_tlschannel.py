@@ -57,6 +57,15 @@ def make_codec(
         raise ValueError(f"{name}={context!r} with server_hostname={server_hostname!r}: {exc}") from exc
 
 
+def check_tls(settings: Settings) -> Settings:
+    """Return a server's settings where their context, if there is one, is a server's."""
+    if settings.tls is not None:
+        from .tls import check_context
+
+        check_context("tls", settings.tls, server_side=True)
+    return settings
+
+
 class TLSChannel(Channel):
     """A channel that may be secured; `tls` is imported where that is done, so that others do without."""
 

@@ -28,13 +28,12 @@ from ._lifetime import Home
 from ._options import Live, ServerOptions, Settings, Usage, change, make_settings
 from ._sockops import ListeningSocket, OverlappedSocket, listen
 from ._stats import Stats
+from ._tlschannel import check_tls
 from .connection import Connection
 from .engine import Engine, enter_engine
 from .workers import WorkThreads
 
 if TYPE_CHECKING:
-    import ssl  # noqa: F401  # in the type of `tls`
-
     from typing_extensions import Unpack
 
 Handler = type[Connection] | Callable[["Server", Address], Connection]
@@ -67,7 +66,7 @@ class Server:
     high_mark = Live[int]("high_mark")
     low_mark = Live[int]("low_mark")
     write_buffer_max = Live[int]("write_buffer_max")
-    tls = Live["ssl.SSLContext | None"]("tls")
+    tls = Live[Any]("tls")  # an ssl.SSLContext or None
     tls_handshake_timeout = Live[float]("tls_handshake_timeout")
 
     def __init__(
@@ -95,7 +94,7 @@ class Server:
 
         May ask the name service for the host, and blocks while it does.
         """
-        self._settings: Settings = _check_tls(make_settings(options))
+        self._settings: Settings = check_tls(make_settings(options))
         self._handler: Callable[[Server, Address], Any] = _check_handler(handler)
         if engine is not None and not isinstance(engine, Engine):
             raise TypeError(f"engine={engine!r}: must be an Engine or None")
@@ -529,7 +528,7 @@ class Server:
 
     def _change(self, name: str, value: Any) -> None:
         with self._lock:
-            self._settings = _check_tls(change(self._settings, **{name: value}))
+            self._settings = check_tls(change(self._settings, **{name: value}))
         if name == "max_connections" and self._acceptor is not None:
             self._acceptor.top_up()
             if self._parked and self._engine is not None:
@@ -588,14 +587,6 @@ class Server:
             work_queued=self._workers.queued() if self._workers else (),
             engine=engine.stats(),
         )
-
-
-def _check_tls(settings: Settings) -> Settings:
-    if settings.tls is not None:
-        from .tls import check_context
-
-        check_context("tls", settings.tls, server_side=True)
-    return settings
 
 
 def _check_handler(handler: Any) -> Handler:

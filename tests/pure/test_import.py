@@ -40,6 +40,8 @@ PURE_MODULES = (
     "_options",
     "_stats",
     "_strand",
+    "certificate",
+    "tls",
 )
 BOUND_MODULES = (
     "_acceptor",
@@ -47,6 +49,7 @@ BOUND_MODULES = (
     "_commands",
     "_lifetime",
     "_sockops",
+    "_tlschannel",
     "client",
     "connection",
     "datagram",
