@@ -16,6 +16,9 @@ from ._options import OPTIONS, check_option
 #: The options of Server that a serving command takes; OPTIONS says what they allow and mean.
 SERVING: Final = ("io_threads", "work_threads", "backlog", "sendcap", "recv_mode")
 
+#: The commands that serve over TLS where they are given a certificate.
+TLS_COMMANDS: Final = ("echo",)
+
 #: More clients than this, and what is shown is how this process runs out of sockets.
 CLIENTS_MAX: Final = 5000
 MESSAGES_MAX: Final = 1000
@@ -56,7 +59,21 @@ def _whole(low: int, high: int) -> Callable[[str], int]:
     return number
 
 
-def _parser() -> argparse.ArgumentParser:
+def _context(parser: _Parser, given: argparse.Namespace) -> Any:
+    """Return the ssl.SSLContext of --tls-cert and --tls-key, None without them."""
+    if given.tls_cert is None:
+        if given.tls_key is not None:
+            parser.error("argument --tls-key: is of no use without --tls-cert")
+        return None
+    from .tls import context_of_files  # only who asks for TLS waits for `ssl` to be imported
+
+    try:
+        return context_of_files(given.tls_cert, given.tls_key)
+    except ValueError as exc:
+        parser.error(f"argument --tls-cert: {exc}")
+
+
+def _parser() -> _Parser:
     parser = _Parser(prog="python -m iocp_ctypes", description="TCP servers on a completion port.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -74,6 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     echo.add_argument("--stats", action="store_true", help=stats)
     trace = "write the newest operations to a file for ui.perfetto.dev at the end"
     echo.add_argument("--trace", metavar="FILE", help=trace)
+    echo.add_argument("--tls-cert", metavar="FILE", help="serve over TLS with this certificate (PEM)")
+    echo.add_argument("--tls-key", metavar="FILE", help="its key; left out, it is in the certificate's file")
 
     demo = commands.add_parser("demo", help="serve clients of this very process, and say what happened")
     demo.add_argument("--clients", type=_whole(1, CLIENTS_MAX), default=1000, help="(%(default)s)")
@@ -85,6 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code, or leaves by SystemExit as argparse does."""
     parser = _parser()
     given = parser.parse_args(arguments)
+    tls = _context(parser, given) if given.command in TLS_COMMANDS else None
     try:
         from . import (
             Server,  # noqa: F401  # off Windows its ImportError says what is missing
@@ -94,6 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.command == "demo":
             return _commands.demo(given.clients, given.messages)
         options = {name: value for name in SERVING if (value := getattr(given, name)) is not None}
+        if tls is not None:
+            options["tls"] = tls
         return _commands.echo((given.host, given.port), given.stats, options, given.trace)
     except KeyboardInterrupt:
         return 0

@@ -26,7 +26,7 @@ from ._errors import (
     error_from_code,
     reason_of,
 )
-from ._flow import SEND_SLICE_MAX, Piece
+from ._flow import Piece
 from ._lifecycle import CloseReason
 from ._lifetime import DELIVERING, ENDED, IDLE, POSTED, RETRY_FIRST, SMALL_RECEIVE, Lifetime
 from ._options import KIB
@@ -59,6 +59,12 @@ class Channel(Lifetime):
     """The moving bytes; Connection adds what users see."""
 
     __slots__ = ()
+
+    # -- over TLS, in TLSChannel ----------------------------------------------------------------------------
+
+    def _deliver_secure(self, data: bytes) -> None: ...
+    def _cut_off(self) -> bool: ...  # type: ignore[empty-body]
+    def _nothing_encrypted(self) -> None: ...
 
     # -- the beginning --------------------------------------------------------------------------------------
 
@@ -124,7 +130,7 @@ class Channel(Lifetime):
         if self._home.executor is not None or not strand.enter():
             strand.post(self._deliver, data)
             return
-        if self._state != life.OPEN or self._paused:  # looked at on the strand: on_close may have been here
+        if self._state != life.OPEN or self._detour:  # looked at on the strand: on_close may have been here
             self._deliver(data)
             strand.leave()
             return
@@ -185,6 +191,9 @@ class Channel(Lifetime):
 
     def _deliver(self, data: bytes) -> None:
         """Hand bytes to on_data, then receive on. On the strand."""
+        if self._tls is not None:
+            self._deliver_secure(data)
+            return
         if self._paused:
             with self._lock:
                 if self._paused and self._state == life.OPEN:
@@ -201,6 +210,9 @@ class Channel(Lifetime):
 
     def _deliver_stash(self) -> None:
         """Hand over what came while reading was paused, then receive on. On the strand."""
+        if self._tls is not None:
+            self._deliver_secure(b"")
+            return
         while True:
             with self._lock:
                 going = self._state == life.OPEN and not self._paused
@@ -216,6 +228,8 @@ class Channel(Lifetime):
 
     def _deliver_eof(self) -> None:
         """Tell on_eof, unless reading is paused: then resume_reading has it told. On the strand."""
+        if self._tls is not None and self._cut_off():
+            return
         with self._lock:
             told = self._state == life.OPEN and not self._paused
             self._reading = ENDED if told else IDLE
@@ -301,7 +315,7 @@ class Channel(Lifetime):
                 or flow.queued
                 or flow.sends >= settings.sendcap
                 or flow.alone is not None
-                or not 0 < length <= SEND_SLICE_MAX
+                or not 0 < length <= flow.at_once_max
                 or flow.in_flight + length > settings.write_buffer_max
             ):
                 return self._send_queued((data,))
@@ -356,6 +370,9 @@ class Channel(Lifetime):
         cap = self._settings.sendcap
         while flow.queued and flow.sends < cap and flow.alone is None and self._retry_due is None:
             pieces, length = flow.take()
+            if not length:
+                self._nothing_encrypted()
+                return
             operation = proactor.take_send()
             if len(pieces) == 1 and length == len(pieces[0].data):
                 operation.load(pieces[0].data)

@@ -6,6 +6,7 @@ Laws
 2. Bytes leave in the order in which they came. What a partial completion left over goes back to the head.
 3. An object is never copied: a piece is (bytes, start, stop). Who owns the bytes keeps them alive.
 4. `above` is true exactly from the moment `size` passes the high mark until it is at or below the low mark.
+5. `lost` is true exactly when something handed over was forgotten before the kernel had accepted it.
 The caller holds the connection's lock.
 """
 
@@ -32,14 +33,16 @@ SEND_GATHER_MAX: Final = 64
 class WriteFlow:
     """The bytes between `send` and the kernel."""
 
-    __slots__ = ("above", "alone", "in_flight", "newest", "pieces", "queued", "sends")
+    __slots__ = ("above", "alone", "at_once_max", "in_flight", "lost", "newest", "pieces", "queued", "sends")
 
     def __init__(self) -> None:
         self.pieces: deque[Piece] | None = None  # made when first needed: most connections never queue
         self.queued = 0  # bytes in `pieces`
         self.in_flight = 0  # bytes of sends that the kernel has
         self.sends = 0  # how many sends the kernel has
+        self.at_once_max = SEND_SLICE_MAX  # most bytes that may go to the kernel without being queued here
         self.above = False
+        self.lost = False
         self.newest: object = None  # the send in flight after which no byte has been sent
         self.alone: object = None  # the send in flight after which none may be issued before it is done
 
@@ -97,7 +100,8 @@ class WriteFlow:
         return False
 
     def clear(self) -> None:
-        """Forget what is queued; what is in flight is not ours to forget."""
+        """Forget what is queued; what is in flight is not ours to forget, and does not count as accepted."""
+        self.lost = self.lost or self.size > 0
         self.pieces = None
         self.queued = 0
 

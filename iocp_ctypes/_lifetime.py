@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from ._connector import Connector
     from ._deadlines import Deadline
     from .engine import Engine
+    from .tls import Handshake, TLSCodec
 
 #: Bytes of the receive that a connection in mode "auto" keeps posted while it talks: most requests and
 #: messages fit.
@@ -97,6 +98,7 @@ class Lifetime:
         "__weakref__",
         "_closed_event",
         "_deadline",
+        "_detour",
         "_eof_in",
         "_eof_out",
         "_error",
@@ -117,12 +119,14 @@ class Lifetime:
         "_retry_due",
         "_server",
         "_settings",
+        "_shaking",
         "_silent_since",
         "_socket",
         "_stash",
         "_state",
         "_strand",
         "_timer",
+        "_tls",
         "_trace",
         "bytes_received",
         "bytes_sent",
@@ -155,6 +159,9 @@ class Lifetime:
         self._reading = DELIVERING  # on_connect comes first; then the first receive is posted
         self._operation: Operation | None = None
         self._paused = False
+        self._detour = False  # bytes may not go straight to on_data: paused, or TLS
+        self._tls: TLSCodec | None = None
+        self._shaking: Handshake | None = None  # the handshake that has to come first
         self._stash: list[bytes] | None = None
         self._eof_in = False
         self._eof_out = False  # send_eof() was called
@@ -237,6 +244,12 @@ class Lifetime:
     def _receive_for_close(self) -> None: ...
     def _try_again(self) -> None: ...
 
+    # -- over TLS, in TLSChannel ----------------------------------------------------------------------------
+
+    def _finish_tls(self) -> bool: ...  # type: ignore[empty-body]
+    def _handshake_late(self) -> None: ...
+    def _post(self, task: Callable[..., object], *args: Any) -> None: ...
+
     def _call(self, callback: Callable[..., Any], *args: Any) -> Any:
         """Run user code on the strand; what it raises closes this connection and nothing else."""
         try:
@@ -308,9 +321,11 @@ class Lifetime:
 
     def _advance(self) -> None:
         """Take the next step towards the end where nothing is left to send. Needs the lock."""
-        if self._flow.queued or self._flow.sends:
+        if self._flow.queued or self._flow.sends or (self._state == life.OPEN and not self._eof_out):
             return
-        if self._state == life.OPEN and self._eof_out:
+        if (self._tls is not None or self._shaking is not None) and not self._finish_tls():
+            return
+        if self._state == life.OPEN:
             if self._eof_in:
                 self._reason = self._reason or CloseReason.EOF
                 self._move(life.CLOSE)
@@ -429,6 +444,8 @@ class Lifetime:
             due.append(self._retry_due)
         if self._linger_due is not None:
             due.append(self._linger_due)
+        if self._shaking is not None and self._shaking.due is not None:
+            due.append(self._shaking.due)
         if self._state == life.OPEN:
             settings = self._settings
             if self._deadline is not None:
@@ -469,6 +486,8 @@ class Lifetime:
                 self._try_again()
             if self._linger_due is not None and self._linger_due <= now:
                 self._linger_over(now)
+            if self._shaking is not None and self._shaking.due is not None and self._shaking.due <= now:
+                self._handshake_late()
             if self._state == life.OPEN:
                 self._expire(now)
             self._arm()
@@ -503,12 +522,12 @@ class Lifetime:
             self._fail(CloseReason.SILENT, TimeoutError(errno.ETIMEDOUT, text))
         elif self._deadline is not None and self._deadline <= now:
             self._deadline = None
-            self._strand.post(self._deliver_timeout, CloseReason.DEADLINE, "the deadline passed")
+            self._post(self._deliver_timeout, CloseReason.DEADLINE, "the deadline passed")
         elif idle is not None and max(self.last_activity, self._idle_since) + idle <= now:
             self._idle_since = now  # it comes again after another idle_timeout at the earliest
             if self._reading != DELIVERING:  # else on_data is at work, which is not idle
                 text = f"nothing came or went for {idle:g} s"
-                self._strand.post(self._deliver_timeout, CloseReason.IDLE, text, self.last_activity)
+                self._post(self._deliver_timeout, CloseReason.IDLE, text, self.last_activity)
 
     def _is_silent(self) -> bool:
         return not self.bytes_received and not self._paused

@@ -10,8 +10,12 @@ Laws
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable
-from typing import Any, Final, Generic, NamedTuple, TypedDict, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypedDict, TypeVar, overload
+
+if TYPE_CHECKING:
+    import ssl
 
 T = TypeVar("T")
 
@@ -54,6 +58,8 @@ class ServerOptions(TypedDict, total=False):
     exclusive: bool
     dualstack: bool | None
     trace: int
+    tls: ssl.SSLContext | None
+    tls_handshake_timeout: float
 
 
 class ClientOptions(TypedDict, total=False):
@@ -70,6 +76,8 @@ class ClientOptions(TypedDict, total=False):
     nodelay: bool
     keepalive: KeepAlive
     trace: int
+    tls: ssl.SSLContext | None
+    tls_handshake_timeout: float
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -97,6 +105,8 @@ class Settings:
     exclusive: bool = True
     dualstack: bool | None = None
     trace: int = 0
+    tls: ssl.SSLContext | None = None
+    tls_handshake_timeout: float = 10.0
 
 
 Check = Callable[[str, Any], Any]
@@ -179,6 +189,13 @@ def _keepalive(name: str, value: Any) -> Any:
     return (idle, interval) if parts is value else idle
 
 
+def _context(name: str, value: Any) -> Any:
+    # Who has a context has imported `ssl`, which is slow to import and may be missing.
+    if value is not None and not isinstance(value, getattr(sys.modules.get("ssl"), "SSLContext", ())):
+        raise TypeError(f"{name}={value!r}: must be an ssl.SSLContext or None")
+    return value
+
+
 #: A year: longer timeouts are a mistake in the unit.
 SECONDS_MAX: Final = 365 * 86400.0
 #: 49 days: Windows takes these times as a DWORD of milliseconds.
@@ -218,6 +235,8 @@ OPTIONS: Final[dict[str, Option]] = {
     "exclusive": Option(_flag(), "SO_EXCLUSIVEADDRUSE: nobody else binds over this server"),
     "dualstack": Option(_flag(none=True), "IPv6 sockets serve IPv4 too; None: only for the host ''"),
     "trace": Option(_whole(0, 1_000_000), "operations that the trace remembers; 0: no trace"),
+    "tls": Option(_context, "an ssl.SSLContext: connections begin with a TLS handshake"),
+    "tls_handshake_timeout": Option(_seconds(none=False), "seconds that a TLS handshake may take"),
 }
 
 

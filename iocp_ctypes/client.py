@@ -16,14 +16,18 @@ from typing import TYPE_CHECKING, Any
 from ._addresses import Address, check_address, format_address, numeric_family
 from ._connector import Connector
 from ._lifetime import Home
-from ._options import ClientOptions, check_timeout, make_settings
+from ._options import ClientOptions, Settings, check_timeout, make_settings
+from ._tlschannel import make_codec
 from .connection import Connection
 from .engine import Engine, enter_engine
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import Callable
 
     from typing_extensions import Unpack
+
+    from .tls import TLSCodec
 
 log = logging.getLogger("iocp_ctypes")
 
@@ -68,6 +72,8 @@ def connect(
     timeout: float | None = None,
     local_address: Any = None,
     engine: Engine | None = None,
+    server_hostname: str | None = None,
+    tls_session: ssl.SSLSession | None = None,
     **options: Unpack[ClientOptions],
 ) -> Connection:
     """Connect to an address; returns at once.
@@ -75,10 +81,14 @@ def connect(
     Args:
         address: (host, port). All addresses of a name are tried, with a staggered start (RFC 8305).
         handler: a Connection subclass, or a factory called with (None, address) that returns a Connection.
-        timeout: seconds for all of it, the look-up included; None: as long as the system tries.
+        timeout: seconds until it is connected, the look-up included; None: as long as the system tries. A
+            TLS handshake has its own, `tls_handshake_timeout`.
         local_address: (host, port) to connect from, with a numeric host and port 0 for any; only addresses
             of its family are tried. None: any.
         engine: whose threads to use; None: the engine of the process.
+        server_hostname: with `tls`, whom the context verifies and who is named to the server; None: the host
+            of `address`; "": nobody, which only a context without check_hostname accepts.
+        tls_session: with `tls`, a session to resume: `tls.session` of an earlier connection.
         options: the options of Server that make sense for a connection.
 
     Returns:
@@ -86,7 +96,7 @@ def connect(
         close_reason, when it cannot be. `close` and `abort` give up connecting; on_close(None) follows.
 
     Raises:
-        TypeError, ValueError: an argument is wrong; the message says what is allowed.
+        TypeError, ValueError, ssl.SSLError: an argument is wrong; the message says what is allowed.
         RuntimeError: the given engine has been stopped.
 
     Any thread; never blocks. ConnectEx:
@@ -102,15 +112,30 @@ def connect(
     settings = make_settings({"silent_timeout": None, **options})
     if engine is not None and not isinstance(engine, Engine):
         raise TypeError(f"engine={engine!r}: must be an Engine or None")
+    codec = _make_codec(settings, place, server_hostname, tls_session)
     connection = _make(handler, place)
     client = _Client(engine)
     shared = client.engine
     home = Home(shared, client.gone, client.failed, None, shared.dispatcher.is_io_thread)
     connector = Connector(shared, place, local, timeout, connection._connect_done)
     connection._attach_client(home, connector, settings, place)
+    connection._tls = codec
     client.connection = connection
     connector.start()
     return connection
+
+
+def _make_codec(
+    settings: Settings, place: Address, server_hostname: str | None, session: ssl.SSLSession | None
+) -> TLSCodec | None:
+    """Make what the handshake will need, so that what is wrong with it is known at once."""
+    if settings.tls is None:
+        if server_hostname is not None or session is not None:
+            raise ValueError("server_hostname and tls_session mean something with tls= only")
+        return None
+    if server_hostname is None:
+        server_hostname = str(place[0]).partition("%")[0]  # without the zone of an IPv6 address
+    return make_codec("tls", settings.tls, False, server_hostname, session)
 
 
 def _check_target(address: Any) -> Address:

@@ -12,21 +12,25 @@ import os
 import threading
 from collections.abc import Callable, Iterable
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import _lifecycle as life
 from ._addresses import Address, format_address, parse_sockaddr
-from ._channel import Buffer, Channel, as_bytes
+from ._channel import Buffer, as_bytes
 from ._errors import ConnectionClosedError
 from ._lifecycle import CloseReason
 from ._lifetime import DELIVERING, IDLE
 from ._options import KeepAlive, Usage, change, check_option
 from ._stats import ConnectionStats, Traffic
+from ._tlschannel import TLSChannel, make_codec
 from ._trace import TraceRecord, write_trace
 from ._tracing import Trace
 
+if TYPE_CHECKING:
+    import ssl
 
-class Connection(Channel):
+
+class Connection(TLSChannel):
     """A connection; subclass it and override the callbacks, all of which are optional.
 
     Callbacks of one connection never overlap and come in order, on an I/O thread or on the connection's
@@ -38,8 +42,8 @@ class Connection(Channel):
         data: yours; None at first.
         connected_at: time.monotonic() when the connection was accepted.
         last_activity: time.monotonic() when a byte last came or went.
-        bytes_received: bytes handed to on_data, those stashed by pause_reading included.
-        bytes_sent: bytes the kernel has accepted.
+        bytes_received: bytes that came, those stashed by pause_reading included; over TLS all of its bytes.
+        bytes_sent: bytes the kernel has accepted; over TLS all of its bytes.
     """
 
     __slots__ = ()
@@ -61,6 +65,9 @@ class Connection(Channel):
         Return True to keep sending; otherwise what is queued is sent, then we close.
         """
         return None
+
+    def on_tls(self) -> None:
+        """The handshake that `start_tls` began is complete. (That of `tls=` is when on_connect comes.)"""
 
     def on_drain(self) -> None:
         """The write queue had passed the high mark and has now fallen to the low mark: send on."""
@@ -98,6 +105,43 @@ class Connection(Channel):
             if not self._eof_out:
                 self._eof_out = True
                 self._advance()
+
+    # -- TLS ------------------------------------------------------------------------------------------------
+
+    def start_tls(
+        self,
+        context: ssl.SSLContext,
+        *,
+        server_side: bool,
+        server_hostname: str | None = None,
+        session: ssl.SSLSession | None = None,
+        received: bytes = b"",
+    ) -> None:
+        """Begin TLS on a plain connection (STARTTLS); `on_tls` comes when the handshake is complete.
+
+        What was sent before goes in the clear, and first; what is sent from now on waits for the handshake.
+        `tls_handshake_timeout` bounds it.
+
+        Args:
+            context: an ssl.SSLContext for this side.
+            server_side: True on the side that waits for the other's first message; either side may be it.
+            server_hostname: whom a client's context verifies; needed where it does.
+            session: a client's session to resume, `tls.session` of an earlier connection.
+            received: what came behind the command in the same on_data. It has to be the peer's first message:
+                bytes that somebody put there in the clear must not be taken for what came under TLS, so any
+                other fail the handshake. What on_data has not been called with yet is treated so by itself.
+
+        Raises:
+            TypeError, ValueError, ssl.SSLError: an argument is wrong.
+            RuntimeError: not connected yet, or TLS already.
+            ConnectionClosedError: after close(), send_eof() or the end of the connection.
+
+        Never blocks. Call it in a callback: to any other thread, what comes meanwhile would be plaintext.
+        """
+        if not isinstance(server_side, bool):
+            raise TypeError(f"server_side={server_side!r}: must be True or False")
+        codec = make_codec("context", context, server_side, server_hostname, session)
+        self._start_tls(codec, as_bytes(received))
 
     # -- the end --------------------------------------------------------------------------------------------
 
@@ -160,18 +204,21 @@ class Connection(Channel):
         blocks.
 
         While paused nobody looks at the socket: the peer's end is noticed by sending, by timeouts, or on
-        resuming.
+        resuming. A TLS handshake under way is completed first.
         """
-        self._paused = True
+        with self._lock:
+            if not self._hold(True):
+                self._paused = self._detour = True
 
     def resume_reading(self) -> None:
         """Go on reading; what came in the meantime is delivered first. Any thread; never blocks."""
         with self._lock:
-            if not self._paused:
+            if self._hold(False) or not self._paused:
                 return
             self._paused = False
+            self._detour = self._tls is not None
             if self._state == life.OPEN and self._reading == IDLE and self._opened:
-                if self._stash or self._eof_in:
+                if self._stash or self._eof_in or (self._tls is not None and self._tls.more):
                     self._reading = DELIVERING
                     self._strand.post(self._deliver_stash)
                 elif self._retry_due is None:
@@ -201,7 +248,7 @@ class Connection(Channel):
         with self._lock:  # on_close is posted under it: what is posted before comes before
             if self._state == life.CLOSED:
                 raise ConnectionClosedError(f"connection {self.id} is closed")
-            self._strand.post(self._call, function, *args)
+            self._post(self._call, function, *args)
 
     # -- properties -----------------------------------------------------------------------------------------
 
@@ -244,9 +291,13 @@ class Connection(Channel):
         return self._flow.size
 
     @property
-    def tls(self) -> None:
-        """The TLS session, None on a plain connection."""
-        return None
+    def tls(self) -> ssl.SSLObject | None:
+        """The ssl.SSLObject of this connection; None on a plain one.
+
+        For its questions (`version`, `cipher`, `getpeercert`, `selected_alpn_protocol`, `session` ...), in
+        callbacks from on_connect or on_tls on. Do not read, write or unwrap it.
+        """
+        return None if self._tls is None else self._tls.object
 
     # -- live tunables --------------------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ from ._lifecycle import CloseReason
 from ._lifetime import Home
 from ._options import Live, ServerOptions, Settings, Usage, change, make_settings
 from ._sockops import ListeningSocket, OverlappedSocket, listen
+from ._tlschannel import check_tls
 from ._watching import Watched
 from .connection import Connection
 from .engine import Engine, enter_engine
@@ -64,6 +65,8 @@ class Server(Watched):
     low_mark = Live[int]("low_mark")
     write_buffer_max = Live[int]("write_buffer_max")
     trace = Live[int]("trace")
+    tls = Live[Any]("tls")  # an ssl.SSLContext or None
+    tls_handshake_timeout = Live[float]("tls_handshake_timeout")
 
     def __init__(
         self,
@@ -90,7 +93,7 @@ class Server(Watched):
 
         May ask the name service for the host, and blocks while it does.
         """
-        self._settings: Settings = make_settings(options)
+        self._settings: Settings = check_tls(make_settings(options))
         self._handler: Callable[[Server, Address], Any] = _check_handler(handler)
         if engine is not None and not isinstance(engine, Engine):
             raise TypeError(f"engine={engine!r}: must be an Engine or None")
@@ -529,7 +532,7 @@ class Server(Watched):
 
     def _change(self, name: str, value: Any) -> None:
         with self._lock:
-            self._settings = change(self._settings, **{name: value})
+            self._settings = check_tls(change(self._settings, **{name: value}))
         if name == "max_connections" and self._acceptor is not None:
             self._acceptor.top_up()
             if self._parked and self._engine is not None:

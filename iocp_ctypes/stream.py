@@ -28,6 +28,8 @@ from .client import connect
 from .connection import Connection
 
 if TYPE_CHECKING:
+    import ssl
+
     from typing_extensions import Unpack
 
     from ._options import ClientOptions
@@ -140,7 +142,8 @@ class Stream:
     the main thread Ctrl-C ends them within a quarter of a second.
 
     The connection's end raises what ended it, ConnectionResetError for one; an end that is no error, and any
-    use after `close`, raise ConnectionClosedError. Both are ConnectionErrors.
+    use after `close`, raise ConnectionClosedError. Both are ConnectionErrors; over TLS it may be an
+    ssl.SSLError.
     """
 
     def __init__(self, connection: Connection, timeout: float | None = None) -> None:
@@ -151,7 +154,6 @@ class Stream:
         self._closed = False
         self._feed = connection
         self._reading = threading.Lock()
-        self._written = 0
         self._blamed: BaseException | None = None
 
     def __del__(self) -> None:
@@ -375,7 +377,6 @@ class Stream:
                 if feed._state >= life.JOINING:  # on_close is on its way, and knows why
                     self._wait(lambda: feed.over, timeout, "write()")
                 raise self._gone("write()") from None
-            self._written += len(checked)
 
     def write_eof(self) -> None:
         """Half-close: the peer reads what was written and then the end; reading goes on. Never blocks."""
@@ -408,7 +409,7 @@ class Stream:
             feed.changed.notify_all()
             self._wait(lambda: feed.over, timeout, "close()")
             feed.buffer.clear()
-        if first and feed.error is not None and feed.bytes_sent < self._written:
+        if first and feed.error is not None and feed._flow.lost:
             raise self._blame(feed.error.with_traceback(None))
 
     def abort(self) -> None:
@@ -435,6 +436,8 @@ def open_stream(
     *,
     local_address: Any = None,
     engine: Engine | None = None,
+    server_hostname: str | None = None,
+    tls_session: ssl.SSLSession | None = None,
     **options: Unpack[ClientOptions],
 ) -> Stream:
     """Connect, wait for it, and return a Stream. Needs no server in this process.
@@ -444,10 +447,12 @@ def open_stream(
         timeout: seconds for connecting, and for each call on the stream that names no other; None: no limit.
         local_address: as for `connect`.
         engine: as for `connect`; None: the engine of the process, which ends with its last connection.
+        server_hostname, tls_session: as for `connect`; with `tls`, the handshake is waited for as well.
         options: as for `connect`.
 
     Raises:
-        OSError: why it could not connect: ConnectionRefusedError, TimeoutError, socket.gaierror and others.
+        OSError: why it could not connect: ConnectionRefusedError, TimeoutError, socket.gaierror, ssl.SSLError
+            and others.
         TypeError, ValueError: an argument is wrong.
         RuntimeError: called from a callback.
 
@@ -455,7 +460,16 @@ def open_stream(
     """
     if "write_buffer_max" in options:
         raise TypeError("write_buffer_max: a stream has none, for write() waits at high_mark")
-    feed = connect(address, Feed, timeout=timeout, local_address=local_address, engine=engine, **options)
+    feed = connect(
+        address,
+        Feed,
+        timeout=timeout,
+        local_address=local_address,
+        engine=engine,
+        server_hostname=server_hostname,
+        tls_session=tls_session,
+        **options,
+    )
     assert isinstance(feed, Feed)
     stream = Stream(feed, timeout)
     try:

@@ -41,7 +41,8 @@ def in_code(text: str) -> list[str]:
     return re.findall(r"`([^`\n]+)`", text)
 
 
-EXAMPLE = re.findall(r"^```python\n(.*?)^```$", TEXT, re.M | re.S)[0]
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", TEXT, re.M | re.S)
+EXAMPLE = BLOCKS[0]
 COMMANDS = sorted({code for code in in_code(TEXT) if re.match(r"(py|python3?|pip) ", code)})
 
 
@@ -185,7 +186,7 @@ if sys.platform == "win32":
     import time
     import traceback
 
-    from program import PATIENCE, running
+    from program import PATIENCE, Program, running
 
     from iocp_ctypes import Connection, Server
 
@@ -205,6 +206,15 @@ if sys.platform == "win32":
                     assert sock.recv(5, socket.MSG_WAITALL) == b"hello"
                     mine = sock.getsockname()[1]
                 program.line(rf"bye \('127\.0\.0\.1', {mine}\) eof")
+
+    def test_the_example_over_tls_runs() -> None:
+        [code] = [block for block in BLOCKS if "throwaway_certificate" in block]
+        program = Program("-c", code)
+        try:
+            program.line(r"b'HELLO\\n' TLSv1\.3")
+            assert program.ended() == (0, [])
+        finally:
+            program.kill()
 
     def patiently_connected(port: int) -> socket.socket:
         """Connect to a server that may not listen yet."""

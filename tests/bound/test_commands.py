@@ -19,6 +19,7 @@ from support import LOOPBACK, raw, reachable, wait_until
 
 from iocp_ctypes import Server, _commands, _win32
 from iocp_ctypes.__main__ import main
+from iocp_ctypes.certificate import throwaway_certificate
 
 
 def free_port() -> int:
@@ -186,6 +187,24 @@ def test_echo_in_a_process_of_its_own() -> None:
         address = program.listening()
         reachable(address, bytes(100_000))
         reachable(address)
+
+
+def test_echo_over_tls(tmp_path: Path) -> None:
+    made = throwaway_certificate()
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    cert.write_text(made.certificate)
+    key.write_text(made.key)
+    files = ["--tls-cert", str(cert), "--tls-key", str(key)]
+    with running("-m", "iocp_ctypes", "echo", "--port", "0", *files) as program:
+        address = program.listening()
+        with raw(address) as plain:
+            plain.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            while plain.recv(100):
+                pass
+        with made.client_context().wrap_socket(raw(address), server_hostname="localhost") as client:
+            client.sendall(b"hello")
+            assert client.recv(5) == b"hello"
+    # `running` asserts that nothing else was printed: no traceback for who does not speak TLS.
 
 
 def test_echo_to_a_client_that_reads_late() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
 import socketserver
+import ssl
 import sys
 import threading
 from collections.abc import Iterator
@@ -16,8 +18,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import command, hotspots, load, report, usage
+from bench import command, hotspots, load, report, tls, usage
 from bench.cycle import Address, Cycle, payload
+from secure import server_context
 
 
 class Echo(socketserver.BaseRequestHandler):
@@ -245,6 +248,51 @@ def test_the_use_of_a_process_that_is_gone_is_not_known() -> None:
     assert usage.memory([os.getpid(), gone]) is None
     assert usage.memory([]) is None
     assert usage.Meter(usage.Watched(server=(gone,))).cost(10) == usage.Cost()
+
+
+class SecureEcho(Echo):
+    """The same over TLS."""
+
+    def handle(self) -> None:
+        context: ssl.SSLContext = self.server.context  # type: ignore[attr-defined]
+        with contextlib.suppress(OSError), context.wrap_socket(self.request, server_side=True) as secured:
+            self.request = secured
+            super().handle()
+
+
+@pytest.fixture
+def secure_address(server: EchoServer) -> Address:
+    server.RequestHandlerClass = SecureEcho
+    server.context = server_context()  # type: ignore[attr-defined]
+    return ("127.0.0.1", server.server_address[1])
+
+
+def test_exchanges_over_tls_are_counted(secure_address: Address) -> None:
+    watched = usage.Watched((os.getpid(),))
+    result = tls.exchange(secure_address, 0.1, watched, clients=5)
+    assert result.failures == {}
+    assert result.done >= 5
+    assert result.rate == pytest.approx(result.done / result.seconds)
+
+
+def test_handshakes_are_counted_and_failures_too(server: EchoServer, secure_address: Address) -> None:
+    result = tls.handshakes(secure_address, 0.1)
+    assert result.failures == {}
+    assert result.done >= 1
+    server.RequestHandlerClass = Echo  # which sends the client's own hello back
+    result = tls.handshakes(secure_address, 0.05)
+    assert result.done == 0
+    assert sum(result.failures.values()) >= 1
+
+
+def test_the_report_over_tls_pairs_rounds() -> None:
+    ours, theirs = tls.Round(300, 1.0, 10.0, {}), tls.Round(100, 1.0, 20.0, {"OSError": 1})
+    results = {tls.OURS: [ours, ours], tls.THEIRS: [theirs, theirs]}
+    assert tls.ratios(results) == [3.0, 3.0]
+    text = tls.report("tls64", results)
+    assert "ratio of rates: 3.00 (3.00 to 3.00)" in text
+    assert "ratio of user CPU: 0.50" in text
+    assert "failed: {'OSError': 2}" in text
 
 
 @pytest.mark.parametrize("arguments", [["--against", "nobody"], ["--measures", "nothing"], ["--rounds", "0"],

@@ -50,6 +50,8 @@ PURE_MODULES = (
     "_stats",
     "_strand",
     "_trace",
+    "certificate",
+    "tls",
 )
 BOUND_MODULES = (
     "_acceptor",
@@ -57,6 +59,7 @@ BOUND_MODULES = (
     "_commands",
     "_lifetime",
     "_sockops",
+    "_tlschannel",
     "client",
     "connection",
     "datagram",

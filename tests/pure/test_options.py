@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import ssl
 from typing import Any, get_type_hints
 
 import pytest
@@ -55,6 +56,7 @@ def flag(default: bool | None, none: bool = False) -> Case:
     return Case(default, [True, False], [], "True, False or None" if none else "True or False")
 
 
+CONTEXTS = [ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)]
 CASES = {
     "backlog": whole(64, 1, 10_000),
     "listen_backlog": whole(None, 1, 65_535, none=True),
@@ -96,6 +98,8 @@ CASES = {
     "exclusive": flag(True),
     "dualstack": flag(None, none=True),
     "trace": whole(0, 0, 1_000_000),
+    "tls": Case(None, CONTEXTS, [], "an ssl.SSLContext or None"),
+    "tls_handshake_timeout": seconds(10.0, none=False),
 }
 OF_WRONG_TYPE: list[Any] = ["5", b"5", [5], {}, object(), 1 + 2j]
 
@@ -118,8 +122,8 @@ def test_there_is_a_case_for_every_option_and_a_default_and_a_type() -> None:
     assert list(OPTIONS) == list(fields), "the table, the settings and these cases are in one order"
     assert list(ServerOptions.__annotations__) == list(fields)
     assert ServerOptions.__total__ is False
-    hints = get_type_hints(Settings)
-    assert get_type_hints(ServerOptions) == hints
+    hints = get_type_hints(Settings, localns={"ssl": ssl})
+    assert get_type_hints(ServerOptions, localns={"ssl": ssl}) == hints
 
 
 def test_every_option_says_what_it_means() -> None:
