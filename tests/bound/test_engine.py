@@ -142,24 +142,22 @@ def test_servers_of_one_process_come_and_go_at_once() -> None:
     assert threads() == []
 
 
-def test_the_last_user_cannot_leave_while_another_is_let_in(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_comes_as_the_last_user_leaves_has_a_running_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = object(), object()
     engine = enter_engine(first, nothing, None, 0)
-    leaving = threading.Thread(target=engine.leave, args=(first,))
-    enter = Engine.enter
+    try_enter = Engine._try_enter
 
-    def entering(self: Engine, *args: Any) -> None:
-        leaving.start()
-        leaving.join(0.2)
-        enter(self, *args)
+    def entering(self: Engine, *args: Any) -> bool:
+        if self is engine:
+            assert engine.leave(first) is True
+        return try_enter(self, *args)
 
-    monkeypatch.setattr(Engine, "enter", entering)
-    assert enter_engine(second, nothing, None, 0) is engine
-    leaving.join(10)
-    assert not leaving.is_alive()
-    assert engine.running
-    assert engine.leave(second) is True
-    assert not engine.running
+    monkeypatch.setattr(Engine, "_try_enter", entering)
+    another = enter_engine(second, nothing, None, 0)
+    assert another is not engine
+    assert (engine.running, another.running) == (False, True)
+    assert another.leave(second) is True
+    assert threads() == []
 
 
 def test_an_engine_that_is_given_up_closes_its_port(flat_handles: None) -> None:
