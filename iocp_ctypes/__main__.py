@@ -14,7 +14,7 @@ from typing import Any, Final, NoReturn
 from ._options import OPTIONS, check_option
 
 #: The options of Server that a serving command takes; OPTIONS says what they allow and mean.
-SERVING: Final = ("io_threads", "work_threads", "backlog", "sendcap", "recv_mode")
+SERVING: Final = ("io_threads", "work_threads", "backlog", "sendcap", "recvburst", "recv_mode")
 
 #: More clients than this, and what is shown is how this process runs out of sockets.
 CLIENTS_MAX: Final = 5000
