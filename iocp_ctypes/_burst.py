@@ -101,10 +101,10 @@ class Burst:
         self.number = number
         self.reserved -= self.posted.pop(number)[0]
 
-    def surplus(self) -> list[tuple[int, Any]]:
-        """Return number and slot of all posted receives but the oldest, those cancelled already left out."""
+    def surplus(self, kept: int) -> list[tuple[int, Any]]:
+        """Return number and slot of all posted receives but the oldest few; not those cancelled already."""
         posted = list(self.posted.items())
-        return [(number, slot) for number, (_size, slot) in posted[1:] if number not in self.cancelled]
+        return [(number, slot) for number, (_size, slot) in posted[kept:] if number not in self.cancelled]
 
     # -- what comes -----------------------------------------------------------------------------------------
 

@@ -98,7 +98,9 @@ class BurstChannel(Channel):
         proactor = self._home.engine.proactor
         # As many as are missing now: what is done at once is served in its turn, not in this loop.
         for _ in range(burst.missing(settings.recvburst)):
-            size = min(burst.size or settings.recv_size, settings.recv_buffer_max)
+            size = burst.size
+            if not size or not burst.has_room(size, settings.recv_buffer_max):
+                size = min(settings.recv_size, settings.recv_buffer_max)
             if self._retry_due is not None or not burst.has_room(size, settings.recv_buffer_max):
                 break
             operation = proactor.take_receive(size)
@@ -128,10 +130,10 @@ class BurstChannel(Channel):
             self._burst_due = burst.came + QUIET
             return
         burst.wanted = 1
-        self._burst_cancel(burst)
+        self._burst_cancel(burst, kept=1)
 
-    def _burst_cancel(self, burst: Burst) -> None:
-        for number, operation in burst.surplus():
+    def _burst_cancel(self, burst: Burst, kept: int) -> None:
+        for number, operation in burst.surplus(kept):
             burst.cancelled.add(number)
             self._socket.cancel_receive(operation)
 
@@ -190,7 +192,7 @@ class BurstChannel(Channel):
             return NOTHING
         if code in RESOURCE_CODES:
             if self._state < life.JOINING:
-                self._retry_later("recvburst", len(burst.posted))
+                self._retry_later("recvburst", len(burst.posted) - 1)
             return NOTHING
         return code
 
@@ -236,7 +238,7 @@ class BurstChannel(Channel):
                 if what is EOF:
                     burst.delivering = False
                     self._eof_in = True
-                    self._burst_cancel(burst)
+                    self._burst_cancel(burst, kept=0)  # they have EOF as well; no system may forget one
                     self._burst_ended(burst, ENDED)
                     return EOF
                 if what is not NOTHING:

@@ -25,7 +25,7 @@ from fakes import (
 )
 from support import Recorder
 
-from iocp_ctypes import ConnectionClosedError, _channel, _lifetime, connection
+from iocp_ctypes import ConnectionClosedError, _burstchannel, _channel, _lifetime, connection
 from iocp_ctypes._flow import SEND_GATHER_MAX, SEND_SLICE_MAX
 from iocp_ctypes._lifetime import DRAIN_PATIENCE_MIN, RETRY_FIRST, RETRY_MAX, Home
 from iocp_ctypes._options import make_settings
@@ -115,7 +115,7 @@ class Rig:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeEngine]:
     """All rigs of a test share an engine and its clock; whichever thread sends does as on Windows."""
     engine = FakeEngine()
-    for module in (_lifetime, _channel, connection):
+    for module in (_lifetime, _channel, _burstchannel, connection):
         monkeypatch.setattr(module, "monotonic", engine.clock)
     monkeypatch.setattr(_channel, "ENDING_THREADS_DROP", False)
     yield engine
@@ -940,7 +940,9 @@ class Fuzz:
             skips=chosen.random() < 0.5,
             engine=engine,
             sendcap=chosen.choice([1, 1, 2, 4]),
-            recv_mode=chosen.choice(["auto", "flow", "zero-byte"]),
+            recv_mode=chosen.choice(["auto", "flow", "zero-byte", "burst", "burst"]),
+            recvburst=chosen.choice([1, 3, 5]),
+            recv_buffer_max=chosen.choice([150, 350, 10_000]),
             recv_size=chosen.choice([64, 100]),
             high_mark=200,
             low_mark=50,
@@ -975,6 +977,8 @@ class Fuzz:
                 )
                 sock.complete_send(part)
         elif move < 0.80:
+            if chosen.random() < 0.5:  # several I/O threads: what is ready is served in any order
+                chosen.shuffle(made.engine.dispatcher.ready)
             made.engine.dispatcher.run(chosen.randrange(1, 4))
         elif move < 0.85:
             failing = Fail(chosen.choice([WSAENOBUFS, WSAEWOULDBLOCK]))
@@ -1011,7 +1015,10 @@ class Fuzz:
                 assert connection.closing
 
     def tune(self) -> None:
-        self.made.connection.sendcap = self.chosen.choice([1, 2, 4])
+        connection, chosen = self.made.connection, self.chosen
+        connection.sendcap = chosen.choice([1, 2, 4])
+        connection.recvburst = chosen.choice([1, 3, 5])
+        connection.recv_mode = chosen.choice(["auto", "flow", "zero-byte", "burst", "burst"])
 
     def send(self) -> None:
         data = self.fresh(self.chosen.randrange(0, 150))
@@ -1040,7 +1047,11 @@ class Fuzz:
             for operation in made.engine.proactor.pending.values()
             if operation not in [held for held, _data in made.sock.sends]
         )
-        assert len(made.sock.receives) <= 1, "one receive at a time"
+        cap = 1 if connection._burst is None else 5
+        assert len(made.sock.receives) <= cap, "too many receives at a time"
+        if connection._burst is not None:
+            burst = connection._burst
+            assert burst.unread + burst.reserved <= connection._settings.recv_buffer_max
         assert connection.overlaps == 0
 
     def finish(self) -> None:

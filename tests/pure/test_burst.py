@@ -247,12 +247,12 @@ def test_many_receives_of_any_size_by_chance(seed: int) -> None:
 # -- growth and decay ---------------------------------------------------------------------------------------
 
 
-def exchange(burst: Burst, cap: int, ahead: int) -> None:
-    """Post what is missing; the kernel fills one, and `ahead` more before the first is read; read all."""
+def exchange(burst: Burst, cap: int) -> None:
+    """Post what is missing; the kernel fills one, and all of it is read."""
     while burst.missing(cap):
         burst.post(SIZE, Slot(0))
-    for number in tuple(burst.posted)[: 1 + ahead]:
-        burst.arrive(number, chunk(number % 200))
+    number = next(iter(burst.posted))
+    burst.arrive(number, chunk(number))
     while burst.take() is not NOTHING:
         burst.consumed(cap)
 
@@ -283,7 +283,7 @@ def test_it_falls_one_by_one_while_the_consumer_waits_and_stays_at_one() -> None
     burst.wanted = 5
     widths, calm = [], []
     for _ in range(7):
-        exchange(burst, 20, ahead=0)
+        exchange(burst, 20)
         widths.append(burst.wanted)
         calm.append(burst.calm)
     assert widths == [4, 3, 2, 1, 1, 1, 1]
@@ -365,11 +365,12 @@ def test_surplus_is_all_but_the_oldest_and_each_only_once() -> None:
     for _ in range(4):
         burst.post(SIZE, Slot(0))
     burst.cancelled.add(2)
-    assert [number for number, _slot in burst.surplus()] == [1, 3]
+    assert [number for number, _slot in burst.surplus(1)] == [1, 3]
+    assert [number for number, _slot in burst.surplus(0)] == [0, 1, 3]
     burst.arrive(2, NOTHING)
     assert not burst.cancelled
     burst.arrive(0, b"data")
-    assert [number for number, _slot in burst.surplus()] == [3]
+    assert [number for number, _slot in burst.surplus(1)] == [3]
 
 
 def test_after_an_end_nothing_is_posted_and_nothing_behind_it_is_taken() -> None:
