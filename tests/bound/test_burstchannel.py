@@ -6,14 +6,16 @@ import hashlib
 import random
 import socket
 import threading
+import time
 from typing import Any
 
 import pytest
 from support import Echo, Recorder, made, raw, read_exactly, rst, serving, wait_until
 from traffic import LONG, beside, chance
 
-from iocp_ctypes import Usage
+from iocp_ctypes import Usage, _burstchannel
 from iocp_ctypes._burst import Burst
+from iocp_ctypes._sockops import OverlappedSocket
 
 MIB = 1 << 20
 
@@ -171,6 +173,58 @@ def test_the_cap_is_changed_while_data_flows(io_threads: int) -> None:
             client.close()
         connection.until("close")
         connection.check()
+
+
+def test_cancelling_the_surplus_while_data_comes_loses_nothing(
+    io_threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With almost no patience the surplus is cancelled all the time, in every moment there is."""
+    monkeypatch.setattr(_burstchannel, "QUIET", 0.0005)
+    dice = chance()
+    sent = dice.randbytes(6 * MIB)
+    cancelled = [0]
+    cancel = OverlappedSocket.cancel_receive
+
+    def counting(self: OverlappedSocket, operation: Any) -> None:
+        cancelled[0] += 1
+        cancel(self, operation)
+
+    monkeypatch.setattr(OverlappedSocket, "cancel_receive", counting)
+
+    class Widening(Recorder):
+        digest: Any = None
+        size = 0
+
+        def on_data(self, data: bytes) -> None:
+            self.digest = self.digest or hashlib.sha256()
+            self.digest.update(data)
+            self.size += len(data)
+            if self._burst is not None:
+                self._burst.wanted = 8  # as if the flow had been ahead
+
+    with (
+        serving(Widening, io_threads=io_threads, recv_mode="burst", recvburst=8, recv_size=1000) as server,
+        raw(server.address, timeout=LONG) as client,
+    ):
+
+        def feed() -> None:
+            start = 0
+            while start < len(sent):
+                size = dice.choice([1, 10, 1000, 30_000])
+                client.sendall(sent[start : start + size])
+                start += size
+                if dice.random() < 0.5:
+                    time.sleep(dice.random() * 0.004)
+            client.shutdown(socket.SHUT_WR)
+
+        with beside(feed):
+            (connection,) = made(Widening)
+            assert connection.wait_closed(LONG)
+        assert connection.size == len(sent)
+        assert connection.digest.hexdigest() == hashlib.sha256(sent).hexdigest()
+        connection.check()
+    print(f"{cancelled[0]} receives were to be cancelled")
+    assert cancelled[0] > 20
 
 
 @pytest.mark.parametrize("how", ["reset", "abort", "stop"])
