@@ -14,7 +14,7 @@ from typing import Any, Final, NoReturn
 from ._options import OPTIONS, check_option
 
 #: The options of Server that a serving command takes; OPTIONS says what they allow and mean.
-SERVING: Final = ("io_threads", "work_threads", "backlog", "sendcap", "recv_mode")
+SERVING: Final = ("io_threads", "work_threads", "backlog", "sendcap", "recvburst", "recv_mode")
 
 #: The commands that serve over TLS where they are given a certificate.
 TLS_COMMANDS: Final = ("echo",)

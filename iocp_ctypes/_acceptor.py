@@ -3,6 +3,7 @@
 Laws
 1. Accepting never stops: an AcceptEx that fails is about its peer. It is replaced at once; what could not
    be posted is posted after a back-off. Only `pause`, the cap of connections and `close` end that.
+   Where the system is short of resources the cap shrinks, and comes back (`_caps`).
 2. `in_use` changes in two places: up where an AcceptEx was issued, down where its packet is retired.
 3. A replacement is posted before the new connection's callbacks run: they may take their time.
 4. The cap is the server's; each listening socket has its share of it, at least one.
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Final
 
+from ._caps import Recovery
 from ._errors import ERROR_OPERATION_ABORTED, RESOURCE_CODES, winsock_code
 from ._options import Usage
 from ._proactor import Operation
@@ -87,6 +89,7 @@ class Acceptor:
         self._closing = False
         self._retrying = False
         self._retry_delay = RETRY_FIRST
+        self._short: Recovery | None = None  # while the cap is less than was assigned
         self._failures_in_row = 0
         self.failed = 0
         self.unreplaced = 0
@@ -96,7 +99,7 @@ class Acceptor:
 
     @property
     def usage(self) -> Usage:
-        """The cap, and how many AcceptEx operations the kernel has."""
+        """The cap in force, and how many AcceptEx operations the kernel has."""
         return Usage(self._cap, self._in_use)
 
     @property
@@ -120,6 +123,8 @@ class Acceptor:
         """Change the cap: more are posted at once, a surplus drains as connections come."""
         with self._lock:
             self._cap = cap
+            if self._short is not None:  # what is assigned holds, until the next shortage
+                self._short.forget("backlog")
             self._share_out()
         self.top_up()
 
@@ -154,10 +159,16 @@ class Acceptor:
             log.warning(
                 "an AcceptEx could not be posted (error %d): trying again in %.2f s", code, self._retry_delay
             )
-        self._retry_later()
+        self._retry_later(code)
         return False
 
-    def _retry_later(self) -> None:
+    def _retry_later(self, code: int) -> None:
+        """Try again after a back-off, with a lower cap where resources are missing. Needs the lock."""
+        if code in RESOURCE_CODES and (self._cap > 1 or self._short is not None):
+            if self._short is None:
+                self._short = Recovery()
+            self._cap = self._short.shrink("backlog", self._cap, self._in_use)
+            self._share_out()
         if not self._retrying:
             self._retrying = True
             self._watchdog.later(self._retry_delay, self._retry)
@@ -167,6 +178,30 @@ class Acceptor:
         with self._lock:
             self._retrying = False
         self.top_up()
+        with self._lock:
+            if self._short is not None and not self._retrying and self._short.due is None:
+                self._recover_later(self._short)
+
+    def _recover_later(self, short: Recovery) -> None:
+        """Have the next step towards the cap that was assigned. Needs the lock."""
+        short.begin(0.0)
+        self._watchdog.later(short.delay, self._recover)
+
+    def _recover(self) -> None:
+        """A while has passed since posting worked again: the next step."""
+        with self._lock:
+            short = self._short
+            if short is None or short.due is None or self._closing:
+                return  # short again meanwhile: the retry goes on from there
+            if not short.assigned:
+                self._short = None  # a whole step has passed with the cap as it was assigned
+                return
+            self._cap = short.step("backlog", self._cap)
+            self._share_out()
+        self.top_up()
+        with self._lock:
+            if self._short is short and short.due is not None:
+                self._recover_later(short)
 
     def _retired(self, operation: Operation, transferred: int, status: int) -> None:
         """Retire an AcceptEx. On an I/O thread."""
@@ -212,7 +247,7 @@ class Acceptor:
                 self.failed += 1
                 self._failures_in_row += bool(status) and code not in PEER_GONE
             if code in RESOURCE_CODES or self._failures_in_row > FAILURES_IN_ROW * self._cap:
-                self._retry_later()
+                self._retry_later(code)
                 return
         self.top_up()
 

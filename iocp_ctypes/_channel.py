@@ -4,7 +4,8 @@ Laws
 1. One receive at a time: `_reading` is IDLE (nothing posted and nobody delivering), POSTED (the kernel has
    it), DELIVERING (its bytes are on the way to on_data, after which the next one is posted) or ENDED (on_eof
    was called). So bytes stay in order, and what on_data does not take in stays with the peer, by TCP's own
-   flow control.
+   flow control. Several receives at a time are in `_burstchannel`, which takes over where BURST stands for
+   the size of the next one.
 2. What may be sent is sent at once, by the thread that sends; the rest queues and goes out as sends complete,
    in the order of the calls.
 3. An operation that the system lacks resources for is issued again later; nothing is lost by it.
@@ -28,7 +29,7 @@ from ._errors import (
 )
 from ._flow import Piece
 from ._lifecycle import CloseReason
-from ._lifetime import DELIVERING, ENDED, IDLE, POSTED, RETRY_FIRST, SMALL_RECEIVE, Lifetime
+from ._lifetime import BURST, DELIVERING, ENDED, IDLE, POSTED, RETRY_FIRST, SMALL_RECEIVE, Lifetime
 from ._options import KIB
 from ._proactor import COMPLETED, KEPT_DATA_MAX, PENDING, Operation
 from ._sockops import ENDING_THREADS_DROP, error_code
@@ -157,11 +158,13 @@ class Channel(Lifetime):
             return
         size = self._settings.recv_size
         if transferred >= size:
-            self._next_size = max(size, BULK_RECEIVE)
+            self._next_size = max(size, BULK_RECEIVE) if self._settings.recvburst == 1 else BURST
         elif transferred >= SMALL_RECEIVE:
             self._next_size = size
         else:
             self._next_size = SMALL_RECEIVE if gap <= BUSY_GAP else 0
+        if self._settings.recv_mode != "auto":
+            self._next_size = self._first_size()  # the mode was changed at this very moment
 
     def _received_rarely(self, operation: Operation, status: int) -> None:
         """Retire a receive that failed, brought EOF, or was the alert of a zero-byte one."""
@@ -233,9 +236,14 @@ class Channel(Lifetime):
         with self._lock:
             told = self._state == life.OPEN and not self._paused
             self._reading = ENDED if told else IDLE
-        keep = told and self._call(self.on_eof)
+        if told:
+            self._tell_eof()
+
+    def _tell_eof(self) -> None:
+        """Call on_eof, and close where it does not keep the connection. On the strand."""
+        keep = self._call(self.on_eof)
         with self._lock:
-            if told and self._state == life.OPEN:
+            if self._state == life.OPEN:
                 if not keep:
                     self._close(CloseReason.EOF)
                 elif self._eof_out:
@@ -256,8 +264,11 @@ class Channel(Lifetime):
             self._post_receive(SMALL_RECEIVE)
 
     def _post_receive(self, size: int) -> None:
-        """Post one receive with a buffer of `size` bytes. Needs the lock."""
+        """Post one receive with a buffer of `size` bytes, or several. Needs the lock."""
         assert self._lock._is_owned()
+        if size == BURST or self._burst is not None:
+            self._post_burst()
+            return
         operation = self._operation
         if operation is None or operation.size != size:
             proactor = self._home.engine.proactor
@@ -279,7 +290,7 @@ class Channel(Lifetime):
     def _receive_failed(self, code: int) -> None:
         """A receive could not be issued, or failed. Needs the lock."""
         if code in RESOURCE_CODES:
-            self._retry_later()
+            self._retry_later("recvburst", 1)
         else:
             self._fail(reason_of(code), error_from_code(code))
 
@@ -316,7 +327,7 @@ class Channel(Lifetime):
                 or flow.sends >= settings.sendcap
                 or flow.alone is not None
                 or not 0 < length <= flow.at_once_max
-                or flow.in_flight + length > settings.write_buffer_max
+                or flow.in_flight + length > flow.most
             ):
                 return self._send_queued((data,))
             # The hot path: nothing is before these bytes, so they go straight to the kernel.
@@ -363,12 +374,12 @@ class Channel(Lifetime):
         return False
 
     def _flush(self) -> None:
-        """Issue sends of what is queued, as many as sendcap allows. Needs the lock."""
+        """Issue sends of what is queued, as many as sendcap and SEND_IN_FLIGHT_MAX allow. Needs the lock."""
         assert self._lock._is_owned()
         flow = self._flow
         proactor = self._home.engine.proactor
         cap = self._settings.sendcap
-        while flow.queued and flow.sends < cap and flow.alone is None and self._retry_due is None:
+        while flow.may_send(cap) and self._retry_due is None:
             pieces, length = flow.take()
             if not length:
                 self._nothing_encrypted()
@@ -406,7 +417,7 @@ class Channel(Lifetime):
             return True
         if code in RESOURCE_CODES:
             flow.push_front(pieces)
-            self._retry_later()
+            self._retry_later("sendcap", flow.sends)
         else:
             self._fail(reason_of(code), error_from_code(code))
         return False
@@ -449,7 +460,7 @@ class Channel(Lifetime):
         else:
             self._flow.push_front(pieces, transferred)
             if code:
-                self._retry_later()
+                self._retry_later("sendcap", self._flow.sends)
 
     def _deliver_drain(self) -> None:
         """Tell on_drain, unless the connection ended meanwhile. On the strand."""
@@ -466,6 +477,8 @@ class Channel(Lifetime):
         self._flush()
         if self._retry_due is None:
             self._retry_delay = RETRY_FIRST
+            if self._short is not None:
+                self._short.begin(monotonic())
         if self._state == life.OPEN and self._flow.relieved(self._settings.low_mark):
             self._strand.post(self._deliver_drain)
         self._advance()

@@ -28,14 +28,30 @@ class Piece(NamedTuple):
 SEND_SLICE_MAX: Final = 256 * 1024
 #: One send gathers at most this many buffers (a WSABUF each, 16 bytes on 64-bit Windows).
 SEND_GATHER_MAX: Final = 64
+#: Bytes that the kernel has of a connection's sends, at the most, however many sends sendcap allows: their
+#: pages are pinned. What the default sendcap of full slices comes to.
+SEND_IN_FLIGHT_MAX: Final = 4 * SEND_SLICE_MAX
 
 
 class WriteFlow:
     """The bytes between `send` and the kernel."""
 
-    __slots__ = ("above", "alone", "at_once_max", "in_flight", "lost", "newest", "pieces", "queued", "sends")
+    __slots__ = (
+        "above",
+        "alone",
+        "at_once_max",
+        "in_flight",
+        "lost",
+        "most",
+        "newest",
+        "pieces",
+        "queued",
+        "sends",
+    )
 
-    def __init__(self) -> None:
+    def __init__(self, write_buffer_max: int = SEND_IN_FLIGHT_MAX) -> None:
+        """Make an empty one; `write_buffer_max` may be less than what may be in flight."""
+        self.most = min(SEND_IN_FLIGHT_MAX, write_buffer_max)  # bytes in flight
         self.pieces: deque[Piece] | None = None  # made when first needed: most connections never queue
         self.queued = 0  # bytes in `pieces`
         self.in_flight = 0  # bytes of sends that the kernel has
@@ -45,6 +61,16 @@ class WriteFlow:
         self.lost = False
         self.newest: object = None  # the send in flight after which no byte has been sent
         self.alone: object = None  # the send in flight after which none may be issued before it is done
+
+    def may_send(self, cap: int) -> bool:
+        """Return whether the next send may be issued: there is something to send, and neither too many sends
+        nor too many bytes are in flight."""
+        return bool(
+            self.queued
+            and self.sends < cap
+            and self.alone is None
+            and self.in_flight + min(self.queued, SEND_SLICE_MAX) <= SEND_IN_FLIGHT_MAX
+        )
 
     @property
     def size(self) -> int:

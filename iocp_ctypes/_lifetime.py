@@ -24,10 +24,12 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from . import _lifecycle as life
 from ._addresses import Address, format_address, parse_sockaddr
+from ._burst import Burst
+from ._caps import Recovery
 from ._errors import ConnectionClosedError, reason_of
 from ._flow import WriteFlow
 from ._lifecycle import CloseReason
-from ._options import Settings
+from ._options import Settings, change
 from ._proactor import Operation
 from ._sockops import OverlappedSocket
 from ._strand import Strand
@@ -53,6 +55,9 @@ DRAIN_PATIENCE_MIN: Final = 30.0
 #: Seconds to wait for the lock where a finalizer closes a connection in the middle of another's locked
 #: section.
 FINALIZER_PATIENCE: Final = 1.0
+
+#: In place of the size of the next receive: burst detection takes over.
+BURST: Final = -1
 
 #: Where a connection's receiving is: nothing posted and nobody delivering; the kernel has a receive; its
 #: bytes are on the way to on_data, or EOF to on_eof; on_eof had its call.
@@ -96,6 +101,8 @@ class Lifetime:
 
     __slots__ = (
         "__weakref__",
+        "_burst",
+        "_burst_due",
         "_closed_event",
         "_deadline",
         "_detour",
@@ -120,6 +127,7 @@ class Lifetime:
         "_server",
         "_settings",
         "_shaking",
+        "_short",
         "_silent_since",
         "_socket",
         "_stash",
@@ -153,7 +161,7 @@ class Lifetime:
         execute = home.engine.dispatcher.call_soon if home.executor is None else home.executor(self.id)
         self._strand = Strand(execute)
         self._strand.enter()  # until on_connect was called: the server's table is open to all, and they post
-        self._flow = WriteFlow()
+        self._flow = WriteFlow(settings.write_buffer_max)
         self._lock: Any = _LOCKS[self.id % len(_LOCKS)]
         self._state = life.OPEN
         self._reading = DELIVERING  # on_connect comes first; then the first receive is posted
@@ -173,6 +181,9 @@ class Lifetime:
         self._linger_due: float | None = None
         self._retry_due: float | None = None
         self._retry_delay = RETRY_FIRST
+        self._short: Recovery | None = None  # while a cap is less than was assigned
+        self._burst: Burst | None = None  # while burst detection is in charge of the receiving
+        self._burst_due: float | None = None
         self._closed_event: threading.Event | None = None
         self._trace: Trace | None = None  # made when it is first switched on
         self._logged = log.isEnabledFor(logging.DEBUG)  # asked once: it decides for begin and end
@@ -227,7 +238,8 @@ class Lifetime:
     def _first_size(self) -> int:
         """Bytes of a receive where nothing is known of the flow yet: a new connection is expected to talk."""
         mode = self._settings.recv_mode
-        return 0 if mode == "zero-byte" else self._settings.recv_size if mode == "flow" else SMALL_RECEIVE
+        sizes = {"zero-byte": 0, "flow": self._settings.recv_size, "burst": BURST}
+        return sizes.get(mode, SMALL_RECEIVE)
 
     # -- callbacks, overridden by Connection and its subclasses ---------------------------------------------
 
@@ -238,11 +250,13 @@ class Lifetime:
     def on_timeout(self, kind: str) -> bool | None: ...
     def on_close(self, exc: OSError | None) -> None: ...
 
-    # -- what moves, in Channel -----------------------------------------------------------------------------
+    # -- what moves, in Channel and BurstChannel -------------------------------------------------------------
 
     def _begin(self, first: bytes) -> None: ...
     def _receive_for_close(self) -> None: ...
     def _try_again(self) -> None: ...
+    def _post_burst(self) -> None: ...
+    def _burst_quiet(self, now: float) -> None: ...
 
     # -- over TLS, in TLSChannel ----------------------------------------------------------------------------
 
@@ -444,6 +458,10 @@ class Lifetime:
             due.append(self._retry_due)
         if self._linger_due is not None:
             due.append(self._linger_due)
+        if self._burst_due is not None:
+            due.append(self._burst_due)
+        if self._short is not None and self._short.due is not None:
+            due.append(self._short.due)
         if self._shaking is not None and self._shaking.due is not None:
             due.append(self._shaking.due)
         if self._state == life.OPEN:
@@ -484,6 +502,11 @@ class Lifetime:
             if self._retry_due is not None and self._retry_due <= now:
                 self._retry_due = None
                 self._try_again()
+            if self._short is not None and self._short.due is not None and self._short.due <= now:
+                self._recover(now)
+            if self._burst_due is not None and self._burst_due <= now:
+                self._burst_due = None
+                self._burst_quiet(now)
             if self._linger_due is not None and self._linger_due <= now:
                 self._linger_over(now)
             if self._shaking is not None and self._shaking.due is not None and self._shaking.due <= now:
@@ -492,13 +515,34 @@ class Lifetime:
                 self._expire(now)
             self._arm()
 
-    def _retry_later(self) -> None:
-        """The system was short of something: try again after a while, doubled each time. Needs the lock."""
+    def _retry_later(self, knob: str, in_use: int) -> None:
+        """The system was short of something: halve a cap and try again after a while, doubled each time.
+
+        Needs the lock.
+        """
         self._home.engine.count_retry()
+        cap = getattr(self._settings, knob)
+        if cap > 1 or self._short is not None:
+            if self._short is None:
+                self._short = Recovery()
+            less = self._short.shrink(knob, cap, in_use)
+            self._settings = change(self._settings, **{knob: less})
         if self._retry_due is None:
             self._retry_due = monotonic() + self._retry_delay
             self._retry_delay = min(RETRY_MAX, self._retry_delay * 2)
             self._arm()
+
+    def _recover(self, now: float) -> None:
+        """A while has passed since calls worked again: the next step towards the caps. Needs the lock."""
+        short = self._short
+        assert short is not None
+        short.due = now + short.delay
+        if self._state >= life.JOINING or not short.assigned:
+            self._short = None  # a whole step has passed with the caps as they were assigned
+            return
+        caps = {knob: short.step(knob, getattr(self._settings, knob)) for knob in tuple(short.assigned)}
+        self._settings = change(self._settings, **caps)
+        self._try_again()
 
     def _linger_over(self, now: float) -> None:
         """The peer did not close for linger_timeout, or took nothing for even longer: end it."""
@@ -525,7 +569,9 @@ class Lifetime:
             self._post(self._deliver_timeout, CloseReason.DEADLINE, "the deadline passed")
         elif idle is not None and max(self.last_activity, self._idle_since) + idle <= now:
             self._idle_since = now  # it comes again after another idle_timeout at the earliest
-            if self._reading != DELIVERING:  # else on_data is at work, which is not idle
+            burst = self._burst
+            if self._reading != DELIVERING and (burst is None or not burst.delivering):
+                # Else on_data is at work, which is not idle.
                 text = f"nothing came or went for {idle:g} s"
                 self._post(self._deliver_timeout, CloseReason.IDLE, text, self.last_activity)
 

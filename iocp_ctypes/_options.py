@@ -22,7 +22,7 @@ T = TypeVar("T")
 KIB: Final = 1024
 MIB: Final = 1024 * 1024
 
-RECV_MODES: Final = ("auto", "flow", "zero-byte")
+RECV_MODES: Final = ("auto", "flow", "zero-byte", "burst")
 
 KeepAlive = float | tuple[float, float] | None
 
@@ -46,8 +46,10 @@ class ServerOptions(TypedDict, total=False):
     max_connections: int | None
     max_per_host: int | None
     sendcap: int
+    recvburst: int
     recv_mode: str
     recv_size: int
+    recv_buffer_max: int
     high_mark: int
     low_mark: int
     write_buffer_max: int
@@ -68,8 +70,10 @@ class ClientOptions(TypedDict, total=False):
     idle_timeout: float | None
     linger_timeout: float
     sendcap: int
+    recvburst: int
     recv_mode: str
     recv_size: int
+    recv_buffer_max: int
     high_mark: int
     low_mark: int
     write_buffer_max: int
@@ -93,8 +97,10 @@ class Settings:
     max_connections: int | None = None
     max_per_host: int | None = None
     sendcap: int = 4
+    recvburst: int = 1
     recv_mode: str = "auto"
     recv_size: int = 16 * KIB
+    recv_buffer_max: int = MIB
     high_mark: int = 64 * KIB
     low_mark: int = 16 * KIB
     write_buffer_max: int = 16 * MIB
@@ -219,8 +225,12 @@ OPTIONS: Final[dict[str, Option]] = {
         _whole(1, 1_000_000, none=True), "connections at once of one host; more are refused"
     ),
     "sendcap": Option(_whole(1, 1_000), "concurrent WSASends of a connection"),
+    "recvburst": Option(
+        _whole(1, 10_000), "concurrent WSARecvs of a connection; above 1 bursts are detected"
+    ),
     "recv_mode": Option(_choice(*RECV_MODES), "how receives are posted"),
     "recv_size": Option(_whole(64, 16 * MIB), "bytes of one receive"),
+    "recv_buffer_max": Option(_whole(64, 1 << 40), "bytes received and unread in burst mode, at the most"),
     "high_mark": Option(_whole(0, 1 << 40), "send() returns False above this many unsent bytes"),
     "low_mark": Option(_whole(0, 1 << 40), "on_drain comes at this many unsent bytes"),
     "write_buffer_max": Option(
@@ -238,6 +248,14 @@ OPTIONS: Final[dict[str, Option]] = {
     "tls": Option(_context, "an ssl.SSLContext: connections begin with a TLS handshake"),
     "tls_handshake_timeout": Option(_seconds(none=False), "seconds that a TLS handshake may take"),
 }
+
+#: What `tune` sets: backlog, sendcap, recvburst.
+PROFILES: Final[dict[str, tuple[int, int, int]]] = {"ftpd": (10, 20, 20), "httpd": (500, 1, 1)}
+
+
+def check_profile(profile: Any) -> tuple[int, int, int]:
+    """Return backlog, sendcap and recvburst of a profile; TypeError or ValueError names the profiles."""
+    return PROFILES[_choice(*PROFILES)("profile", profile)]
 
 
 def check_option(name: str, value: Any) -> Any:

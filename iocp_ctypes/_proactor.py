@@ -19,7 +19,7 @@ from ctypes import addressof, c_char, c_char_p, c_void_p, sizeof
 from typing import Any, Final
 
 from . import _win32
-from ._errors import WSA_IO_PENDING
+from ._errors import STATUS_PENDING, WSA_IO_PENDING
 from ._flow import SEND_GATHER_MAX, Piece
 
 #: What issuing returns besides an error code.
@@ -84,6 +84,14 @@ class Operation(_win32.TRANSFER):
             self.buffer = _buffer(size)
             self.len = size
             self.buf = addressof(self.buffer)
+
+    @property
+    def done(self) -> bool:
+        """Whether the kernel has completed it; its packet may still be on its way.
+
+        Source: learn.microsoft.com/windows/win32/api/winbase/nf-winbase-hasoverlappediocompleted
+        """
+        return bool(self.Internal != STATUS_PENDING)
 
     def load(self, data: bytes) -> None:
         """Point the one WSABUF at a bytes object, uncopied."""

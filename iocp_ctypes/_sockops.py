@@ -299,6 +299,13 @@ class OverlappedSocket:
         ERROR_NOT_FOUND means that the packets are on their way already."""
         _win32.CancelIoEx(self._handle, None)
 
+    def cancel_receive(self, operation: Operation) -> None:
+        """Ask for the end of one receive. Its packet says whether bytes had come before: they count.
+
+        Source: learn.microsoft.com/windows/win32/api/ioapiset/nf-ioapiset-cancelioex
+        """
+        _win32.CancelIoEx(self._handle, operation.address)
+
     def shutdown_send(self) -> None:
         """Send FIN after what was sent.
 

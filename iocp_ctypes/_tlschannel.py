@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import _lifecycle as life
 from ._addresses import Address, format_address
-from ._channel import Channel
+from ._burstchannel import BurstChannel
 from ._errors import ConnectionClosedError
 from ._lifecycle import CloseReason
 from ._lifetime import DELIVERING, IDLE
@@ -66,7 +66,7 @@ def check_tls(settings: Settings) -> Settings:
     return settings
 
 
-class TLSChannel(Channel):
+class TLSChannel(BurstChannel):
     """A channel that may be secured; `tls` is imported where that is done, so that others do without."""
 
     __slots__ = ()
@@ -131,6 +131,9 @@ class TLSChannel(Channel):
                 raise RuntimeError(f"connection {self.id} uses TLS already")
             if self._state == life.CONNECTING:
                 raise RuntimeError(f"connection {self.id} is not connected yet: connect() takes tls=")
+            if self._burst is not None:
+                text = f"connection {self.id} is receiving in burst mode: start_tls needs another recv_mode"
+                raise RuntimeError(text)
             if self._state > life.OPEN or self._eof_out or self._eof_in:
                 raise ConnectionClosedError(f"connection {self.id} has ended in one direction, or both")
             self._flow = SecureFlow(self._flow)
@@ -228,6 +231,13 @@ class TLSChannel(Channel):
         return True
 
     # -- receiving ------------------------------------------------------------------------------------------
+
+    def _post_burst(self) -> None:
+        """Over TLS there is one receive at a time: decrypting takes longer than receiving."""
+        if self._tls is None and self._shaking is None:
+            super()._post_burst()
+        else:
+            self._post_receive(self._settings.recv_size)
 
     def _deliver_secure(self, data: bytes) -> None:
         """Decrypt what came, hand it to on_data, receive on. On the strand."""

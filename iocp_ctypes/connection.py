@@ -1,7 +1,7 @@
 """L5: Connection, what users subclass: callbacks to override, methods, properties, live tunables.
 
 Laws
-1. What moves inside is in `_channel`; this file is the face.
+1. What moves inside is in `_channel` and `_burstchannel`; this file is the face.
 2. Methods are thread-safe and do not block, except `wait_closed`.
 3. A tunable that is set on a connection is this connection's own from then on; the others keep theirs.
 """
@@ -19,7 +19,7 @@ from ._addresses import Address, format_address, parse_sockaddr
 from ._channel import Buffer, as_bytes
 from ._errors import ConnectionClosedError
 from ._lifecycle import CloseReason
-from ._lifetime import DELIVERING, IDLE
+from ._lifetime import DELIVERING, IDLE, POSTED
 from ._options import KeepAlive, Usage, change, check_option
 from ._stats import ConnectionStats, Traffic
 from ._tlschannel import TLSChannel, make_codec
@@ -42,7 +42,7 @@ class Connection(TLSChannel):
         data: yours; None at first.
         connected_at: time.monotonic() when the connection was accepted.
         last_activity: time.monotonic() when a byte last came or went.
-        bytes_received: bytes that came, those stashed by pause_reading included; over TLS all of its bytes.
+        bytes_received: bytes that came, those included that wait for on_data; over TLS all of its bytes.
         bytes_sent: bytes the kernel has accepted; over TLS all of its bytes.
     """
 
@@ -217,7 +217,9 @@ class Connection(TLSChannel):
                 return
             self._paused = False
             self._detour = self._tls is not None
-            if self._state == life.OPEN and self._reading == IDLE and self._opened:
+            if self._burst is not None:
+                self._burst_go_on()
+            elif self._state == life.OPEN and self._reading == IDLE and self._opened:
                 if self._stash or self._eof_in or (self._tls is not None and self._tls.more):
                     self._reading = DELIVERING
                     self._strand.post(self._deliver_stash)
@@ -304,11 +306,17 @@ class Connection(TLSChannel):
     def _change(self, **changes: Any) -> None:
         with self._lock:
             self._settings = change(self._settings, **changes)
+            if self._short is not None:  # what is assigned holds, until the next shortage
+                for name in changes:
+                    self._short.forget(name)
             self._arm()
 
     @property
     def sendcap(self) -> Usage:
-        """Concurrent WSASends: the cap and how many are in flight; assign a whole number."""
+        """Concurrent WSASends: the cap and how many are in flight; assign a whole number.
+
+        The cap is less than what was assigned for as long as the system is short of buffers.
+        """
         return Usage(self._settings.sendcap, self._flow.sends)
 
     @sendcap.setter
@@ -319,14 +327,38 @@ class Connection(TLSChannel):
                 self._flush()
 
     @property
+    def recvburst(self) -> Usage:
+        """Concurrent WSARecvs: the cap and how many the kernel has; assign a whole number.
+
+        Above 1 it counts in the modes "burst" and "auto". The cap is less than what was assigned for as long
+        as the system is short of buffers.
+        """
+        burst = self._burst
+        if burst is not None:
+            return Usage(self._settings.recvburst, len(burst.posted))
+        posted = self._reading == POSTED and self._state != life.CONNECTING
+        return Usage(self._settings.recvburst, int(posted))
+
+    @recvburst.setter
+    def recvburst(self, cap: int) -> None:
+        with self._lock:
+            self._change(recvburst=cap)
+            self._burst_go_on()
+
+    @property
     def recv_mode(self) -> str:
-        """How receives are posted: "auto", "flow" or "zero-byte"; a change holds from the next receive on."""
+        """How receives are posted: "auto", "flow", "zero-byte" or "burst".
+
+        A change holds from the next receive on; nothing is lost or comes out of order by it.
+        """
         return self._settings.recv_mode
 
     @recv_mode.setter
     def recv_mode(self, mode: str) -> None:
-        self._change(recv_mode=mode)
-        self._next_size = self._first_size()
+        with self._lock:
+            self._change(recv_mode=mode)
+            self._next_size = self._first_size()
+            self._burst_go_on()
 
     @property
     def high_mark(self) -> int:

@@ -25,9 +25,10 @@ from ._channel import Buffer, as_bytes
 from ._errors import ConnectionClosedError
 from ._lifecycle import CloseReason
 from ._lifetime import Home
-from ._options import Live, ServerOptions, Settings, Usage, change, make_settings
+from ._options import ServerOptions, Settings, make_settings
 from ._sockops import ListeningSocket, OverlappedSocket, listen
 from ._tlschannel import check_tls
+from ._tunables import Tunables
 from ._watching import Watched
 from .connection import Connection
 from .engine import Engine, enter_engine
@@ -48,25 +49,12 @@ LISTEN_BACKLOG_MIN: Final = 200
 log = logging.getLogger("iocp_ctypes")
 
 
-class Server(Watched):
+class Server(Watched, Tunables):
     """A TCP server on a completion port.
 
     Use `serve_forever()`, or `start()` and `stop()`, or a `with` block, which starts and stops it.
     Thread-safe.
     """
-
-    silent_timeout = Live[float | None]("silent_timeout")
-    idle_timeout = Live[float | None]("idle_timeout")
-    linger_timeout = Live[float]("linger_timeout")
-    max_connections = Live[int | None]("max_connections")
-    max_per_host = Live[int | None]("max_per_host")
-    recv_mode = Live[str]("recv_mode")
-    high_mark = Live[int]("high_mark")
-    low_mark = Live[int]("low_mark")
-    write_buffer_max = Live[int]("write_buffer_max")
-    trace = Live[int]("trace")
-    tls = Live[Any]("tls")  # an ssl.SSLContext or None
-    tls_handshake_timeout = Live[float]("tls_handshake_timeout")
 
     def __init__(
         self,
@@ -527,47 +515,6 @@ class Server(Watched):
         """Abort all connections."""
         for connection in self.connections:
             connection.abort()
-
-    # -- live tunables and figures --------------------------------------------------------------------------
-
-    def _change(self, name: str, value: Any) -> None:
-        with self._lock:
-            self._settings = check_tls(change(self._settings, **{name: value}))
-        if name == "max_connections" and self._acceptor is not None:
-            self._acceptor.top_up()
-            if self._parked and self._engine is not None:
-                self._engine.dispatcher.call_soon(self._refill)
-        if name == "trace":
-            self._trace.switch(value)
-            self._retrace()
-
-    @property
-    def backlog(self) -> Usage:
-        """AcceptEx operations: the cap and how many the kernel has; assign a whole number.
-
-        They are the whole server's, shared out over its addresses, at least one to each.
-        """
-        return self._acceptor.usage if self._acceptor else Usage(self._settings.backlog, 0)
-
-    @backlog.setter
-    def backlog(self, cap: int) -> None:
-        self._change("backlog", cap)
-        if self._acceptor is not None:
-            self._acceptor.set_cap(cap)
-
-    @property
-    def sendcap(self) -> Usage:
-        """The cap of concurrent WSASends of a new connection, and how many all connections have.
-
-        Assign the cap.
-        """
-        return Usage(
-            self._settings.sendcap, sum(connection.sendcap.in_use for connection in self.connections)
-        )
-
-    @sendcap.setter
-    def sendcap(self, cap: int) -> None:
-        self._change("sendcap", cap)
 
 
 def _check_handler(handler: Any) -> Handler:

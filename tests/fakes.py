@@ -350,6 +350,12 @@ class FakeSocket:
         if self.cancels_at_once:
             self.finish_cancel()
 
+    def cancel_receive(self, operation: Operation) -> None:
+        self._note("cancel_receive")
+        if operation in self.receives and self.cancels_at_once:
+            self.receives.remove(operation)
+            self._retire(operation, 0, self.cancel_status)
+
     def close(self) -> None:
         self.calls.append("close")
         assert not self.sends, "the handle was closed before its packets had come"
@@ -366,10 +372,10 @@ class FakeSocket:
     def deliver(self, *chunks: bytes) -> None:
         """The peer sends bytes; b"" is its EOF.
 
-        The receive that is posted gets the first, if there is one; the others wait for receives.
+        The receives that are posted get them, oldest first; the rest waits for more receives.
         """
         self.incoming.extend(chunks)
-        if self.receives:
+        while self.receives and self.incoming:
             self._finish_receive(self.receives[0], STATUS_SUCCESS)
 
     def fail_receive(self, status: int) -> None:

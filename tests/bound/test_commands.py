@@ -86,13 +86,20 @@ def test_echo_serves_until_ctrl_c(
 
 
 def test_echo_hands_its_options_to_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    words = "--port 0 --io-threads 2 --work-threads 3 --backlog 5 --sendcap 6 --recv-mode flow"
+    words = "--port 0 --io-threads 2 --work-threads 3 --backlog 5 --sendcap 6 --recvburst 7 --recv-mode burst"
     options: dict[str, object] = {}
     code = echo_until_interrupted(
         monkeypatch, *words.split(), meanwhile=lambda server: options.update(server.options)
     )
     assert code == 0
-    assert options == {"io_threads": 2, "work_threads": 3, "backlog": 5, "sendcap": 6, "recv_mode": "flow"}
+    assert options == {
+        "io_threads": 2,
+        "work_threads": 3,
+        "backlog": 5,
+        "sendcap": 6,
+        "recvburst": 7,
+        "recv_mode": "burst",
+    }
 
 
 def test_echo_prints_figures_if_asked_to(

@@ -659,7 +659,8 @@ def test_last_activity_follows_bytes_in_and_out(pair: tuple[Recorder, socket.soc
 
 GOOD: dict[str, list[Any]] = {
     "sendcap": [1, 1000],
-    "recv_mode": ["flow", "zero-byte", "auto"],
+    "recvburst": [1, 10_000],
+    "recv_mode": ["flow", "zero-byte", "burst", "auto"],
     "high_mark": [16 * 1024, 1 << 20],
     "low_mark": [0, 64 * 1024],
     "idle_timeout": [0.5, 3600, None],
@@ -673,6 +674,11 @@ BAD: list[tuple[str, Any, type[Exception]]] = [
     ("sendcap", 2.0, TypeError),
     ("sendcap", None, TypeError),
     ("sendcap", Usage(2, 0), TypeError),
+    ("recvburst", 0, ValueError),
+    ("recvburst", 10_001, ValueError),
+    ("recvburst", False, TypeError),
+    ("recvburst", "2", TypeError),
+    ("recvburst", Usage(2, 0), TypeError),
     ("recv_mode", "fast", ValueError),
     ("recv_mode", None, TypeError),
     ("high_mark", -1, ValueError),

@@ -211,6 +211,11 @@ def receive(end: End, size: int) -> tuple[Operation, int, int]:
     return end.next()
 
 
+def next_of(end: End, count: int) -> list[tuple[Operation, int, int]]:
+    """Take the next packets, in whichever order they come."""
+    return [end.next() for _ in range(count)]
+
+
 def test_a_receive_is_pending_until_bytes_come(end: End) -> None:
     operation = Operation(10)
     assert end.sock.receive(operation) == PENDING
@@ -284,6 +289,55 @@ def test_a_cancel_ends_all_that_is_pending(end: End) -> None:
     assert {operation.address for operation, _count, _status in told} == {op.address for op in operations}
     assert {(count, error_code(status)) for _operation, count, status in told} == {(0, 995)}
     end.sock.cancel()
+    assert end.nothing_comes()
+
+
+def test_several_receives_have_their_share_and_each_the_end(end: End) -> None:
+    """What comes at once fills as many receives as it takes; at the end all that are left are empty."""
+    operations = [Operation(3) for _ in range(6)]
+    for operation in operations:
+        assert end.sock.receive(operation) == PENDING
+        assert not operation.done
+    end.deliver(b"abcdefgh")
+    told = {
+        operation.address: (operation.buffer[:count], status) for operation, count, status in next_of(end, 3)
+    }
+    assert [told.get(operation.address) for operation in operations[:3]] == [
+        (b"abc", 0),
+        (b"def", 0),
+        (b"gh", 0),
+    ]
+    assert [operation.done for operation in operations] == [True] * 3 + [False] * 3
+    end.deliver(b"")
+    assert {(count, status) for _operation, count, status in next_of(end, 3)} == {(0, 0)}
+    assert all(operation.done for operation in operations)
+
+
+def test_one_receive_can_be_cancelled_and_the_others_go_on(end: End) -> None:
+    operations = [Operation(10) for _ in range(3)]
+    for operation in operations:
+        assert end.sock.receive(operation) == PENDING
+    end.sock.cancel_receive(operations[1])
+    operation, count, status = end.next()
+    assert (operation, count, error_code(status)) == (operations[1], 0, 995)
+    for operation, data in ((operations[0], b"first"), (operations[2], b"second")):
+        end.deliver(data)
+        assert end.next() == (operation, len(data), 0)
+        assert operation.buffer[: len(data)] == data
+    end.sock.cancel_receive(operations[0])  # which is done: nothing happens
+    assert end.nothing_comes()
+
+
+def test_a_receive_that_is_done_cannot_be_cancelled(end: End) -> None:
+    operation = Operation(10)
+    assert end.sock.receive(operation) == PENDING
+    end.deliver(b"hello")
+    end.sock.cancel_receive(operation)
+    done, count, status = end.next()
+    if status:  # the system was not quick enough to fill it: then nothing was taken
+        assert (count, error_code(status)) == (0, 995)
+        done, count, status = receive(end, 10)
+    assert (status, done.buffer[:count]) == (0, b"hello")
     assert end.nothing_comes()
 
 

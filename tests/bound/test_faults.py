@@ -25,8 +25,8 @@ from fakes import (
 )
 from support import Recorder
 
-from iocp_ctypes import ConnectionClosedError, _channel, _lifetime, connection
-from iocp_ctypes._flow import SEND_GATHER_MAX, SEND_SLICE_MAX
+from iocp_ctypes import ConnectionClosedError, Usage, _burstchannel, _channel, _lifetime, connection
+from iocp_ctypes._flow import SEND_GATHER_MAX, SEND_IN_FLIGHT_MAX, SEND_SLICE_MAX
 from iocp_ctypes._lifetime import DRAIN_PATIENCE_MIN, RETRY_FIRST, RETRY_MAX, Home
 from iocp_ctypes._options import make_settings
 
@@ -115,7 +115,7 @@ class Rig:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeEngine]:
     """All rigs of a test share an engine and its clock; whichever thread sends does as on Windows."""
     engine = FakeEngine()
-    for module in (_lifetime, _channel, connection):
+    for module in (_lifetime, _channel, _burstchannel, connection):
         monkeypatch.setattr(module, "monotonic", engine.clock)
     monkeypatch.setattr(_channel, "ENDING_THREADS_DROP", False)
     yield engine
@@ -436,6 +436,86 @@ def test_on_drain_comes_after_a_shortage_too(rig: Make) -> None:
     made.end()
 
 
+def test_a_shortage_shrinks_sendcap_which_recovers_step_by_step(rig: Make) -> None:
+    made = rig(sendcap=20)
+    connection = made.connection
+    for _ in range(10):
+        connection.send(b"a" * 10)
+    made.sock.plan(sends=[Fail(WSAENOBUFS)])
+    connection.send(b"b" * 10)
+    assert connection.sendcap == Usage(5, 10), "half of what was in use"
+    while made.held():
+        made.complete()
+    assert connection.sendcap == Usage(5, 0)
+    for _ in range(40):  # each a send of its own
+        connection.send(b"c" * SEND_SLICE_MAX)
+    assert made.held() == [], "the back-off is not over"
+    made.advance(RETRY_FIRST)
+    levels = [connection.sendcap.cap]
+    while levels[-1] < 20:
+        made.advance(RETRY_FIRST)
+        levels.append(connection.sendcap.cap)
+    assert levels == [5, 10, 20]
+    while made.held():
+        made.complete()
+    assert made.sock.sent == b"a" * 100 + b"b" * 10 + b"c" * 40 * SEND_SLICE_MAX
+    made.advance(1)
+    assert connection._short is None
+    made.end()
+
+
+def test_a_shortage_told_by_a_sends_packet_shrinks_sendcap(rig: Make) -> None:
+    made = rig(sendcap=4)
+    made.connection.send(b"hello")
+    made.complete(part=2, status=STATUS_INSUFFICIENT_RESOURCES)
+    assert made.connection.sendcap == Usage(1, 0)
+    made.advance(RETRY_FIRST)
+    made.complete()
+    made.advance(1)
+    assert made.connection.sendcap == Usage(4, 0)
+    assert made.sock.sent == b"hello"
+    made.end()
+
+
+def test_sendcap_that_is_assigned_during_a_shortage_holds(rig: Make) -> None:
+    made = rig(sendcap=8)
+    made.sock.plan(sends=[Fail(WSAENOBUFS)])
+    made.connection.send(b"hello")
+    made.connection.sendcap = 6
+    made.advance(1)
+    assert made.connection.sendcap == Usage(6, 1)
+    made.complete()
+    made.end()
+
+
+def test_a_shortage_that_stays_tries_a_larger_cap_more_and_more_seldom(rig: Make) -> None:
+    """The system takes two sends at a time, and no more: a second has few attempts."""
+    made = rig(sendcap=8, write_buffer_max=1 << 30, high_mark=1 << 30)
+    attempts = 0
+    send = made.sock.send
+
+    def short(*args: Any) -> int:
+        nonlocal attempts
+        attempts += 1
+        if len(made.sock.sends) >= 2:
+            made.sock.plan_sends.appendleft(Fail(WSAENOBUFS))
+        return send(*args)
+
+    made.sock.send = short  # type: ignore[method-assign]
+    for _ in range(30):
+        made.connection.send(b"x" * SEND_SLICE_MAX)
+    made.advance(2)
+    begun, attempts = made.engine.clock.now, 0
+    while made.engine.clock.now < begun + 10:
+        made.advance(0.01)
+    assert attempts <= 40, "two seconds of back-off in between, after a while"
+    while made.held():
+        made.complete()
+        made.advance(1)
+    assert made.sock.sent == b"x" * 30 * SEND_SLICE_MAX
+    made.end()
+
+
 # -- a call fails -------------------------------------------------------------------------------------------
 
 
@@ -652,6 +732,38 @@ def test_failures_that_come_before_the_calls_return(rig: Make) -> None:
 
 
 # -- sizes --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sendcap", [3, 4, 5, 1000])
+def test_bytes_in_flight_are_bounded_whatever_sendcap_says(rig: Make, sendcap: int) -> None:
+    made = rig(sendcap=sendcap, high_mark=1 << 30, write_buffer_max=1 << 30)
+    data = b"x" * (20 * SEND_SLICE_MAX)
+    made.connection.send(data)
+    most = min(sendcap * SEND_SLICE_MAX, SEND_IN_FLIGHT_MAX)
+    assert made.connection._flow.in_flight == most
+    made.connection.send(b"y")  # the hot path is bounded, too
+    assert made.connection._flow.in_flight == most
+    while made.held():
+        made.complete()
+        assert made.connection._flow.in_flight <= most
+    assert made.sock.sent == data + b"y"
+    made.end()
+
+
+@pytest.mark.parametrize("extra", [0, 1])
+def test_the_bound_of_bytes_in_flight_is_met_exactly_by_sends_that_go_out_at_once(
+    rig: Make, extra: int
+) -> None:
+    made = rig(sendcap=1000, high_mark=1 << 30, write_buffer_max=1 << 30)
+    half = SEND_SLICE_MAX // 2
+    for _ in range(7):
+        made.connection.send(b"x" * half)
+    made.connection.send(b"y" * (half + extra))
+    assert len(made.held()) == (7 if extra else 8)
+    while made.held():
+        made.complete()
+    assert made.sock.sent == b"x" * 7 * half + b"y" * (half + extra)
+    made.end()
 
 
 class Huge(bytes):
@@ -940,7 +1052,9 @@ class Fuzz:
             skips=chosen.random() < 0.5,
             engine=engine,
             sendcap=chosen.choice([1, 1, 2, 4]),
-            recv_mode=chosen.choice(["auto", "flow", "zero-byte"]),
+            recv_mode=chosen.choice(["auto", "flow", "zero-byte", "burst", "burst"]),
+            recvburst=chosen.choice([1, 3, 5]),
+            recv_buffer_max=chosen.choice([150, 350, 10_000]),
             recv_size=chosen.choice([64, 100]),
             high_mark=200,
             low_mark=50,
@@ -975,6 +1089,8 @@ class Fuzz:
                 )
                 sock.complete_send(part)
         elif move < 0.80:
+            if chosen.random() < 0.5:  # several I/O threads: what is ready is served in any order
+                chosen.shuffle(made.engine.dispatcher.ready)
             made.engine.dispatcher.run(chosen.randrange(1, 4))
         elif move < 0.85:
             failing = Fail(chosen.choice([WSAENOBUFS, WSAEWOULDBLOCK]))
@@ -1011,7 +1127,10 @@ class Fuzz:
                 assert connection.closing
 
     def tune(self) -> None:
-        self.made.connection.sendcap = self.chosen.choice([1, 2, 4])
+        connection, chosen = self.made.connection, self.chosen
+        connection.sendcap = chosen.choice([1, 2, 4])
+        connection.recvburst = chosen.choice([1, 3, 5])
+        connection.recv_mode = chosen.choice(["auto", "flow", "zero-byte", "burst", "burst"])
 
     def send(self) -> None:
         data = self.fresh(self.chosen.randrange(0, 150))
@@ -1040,7 +1159,11 @@ class Fuzz:
             for operation in made.engine.proactor.pending.values()
             if operation not in [held for held, _data in made.sock.sends]
         )
-        assert len(made.sock.receives) <= 1, "one receive at a time"
+        cap = 1 if connection._burst is None else 5
+        assert len(made.sock.receives) <= cap, "too many receives at a time"
+        if connection._burst is not None:
+            burst = connection._burst
+            assert burst.unread + burst.reserved <= connection._settings.recv_buffer_max
         assert connection.overlaps == 0
 
     def finish(self) -> None:

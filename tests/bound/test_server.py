@@ -56,6 +56,10 @@ BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"max_per_host": b"3"}, TypeError, "from 1 to 1000000 or None"),
     ({"sendcap": 0}, ValueError, "from 1 to 1000"),
     ({"sendcap": None}, TypeError, "from 1 to 1000"),
+    ({"recvburst": 0}, ValueError, "from 1 to 10000"),
+    ({"recvburst": 2.0}, TypeError, "from 1 to 10000"),
+    ({"recv_buffer_max": 63}, ValueError, "from 64 to"),
+    ({"recv_buffer_max": None}, TypeError, "from 64 to"),
     ({"recv_mode": "fast"}, ValueError, "'zero-byte'"),
     ({"recv_mode": 1}, TypeError, "'zero-byte'"),
     ({"recv_size": 63}, ValueError, "from 64 to"),
@@ -366,7 +370,7 @@ def test_recv_size_bounds_what_on_data_gets() -> None:
         assert connection.received == bytes(range(200)) * 5
 
 
-@pytest.mark.parametrize("mode", ["auto", "flow", "zero-byte"])
+@pytest.mark.parametrize("mode", ["auto", "flow", "zero-byte", "burst"])
 def test_recv_mode(mode: str) -> None:
     with serving(Echo, recv_mode=mode) as server, raw(server.address) as client:
         for size in (1, 1000, 100_000, 1, 20_000):
@@ -456,6 +460,10 @@ def test_linger_timeout_bounds_waiting_for_the_peer() -> None:
         ("max_connections", 7, 0),
         ("max_per_host", 7, "7"),
         ("recv_mode", "flow", "none"),
+        ("recv_size", 4096, 5),
+        ("recv_buffer_max", 4096, 5),
+        ("nodelay", False, 1),
+        ("keepalive", (60.0, 5.0), 0),
         ("high_mark", 70_000, -1),
         ("low_mark", 5, 1 << 30),
         ("write_buffer_max", 1 << 20, 10),
@@ -498,6 +506,77 @@ def test_sendcap_is_live_and_summed_over_connections() -> None:
                 three.sendall(b"go")
                 wait_until(lambda: server.sendcap.in_use == 7)
             server.abort_clients()
+
+
+def test_recvburst_is_live_and_summed_over_connections() -> None:
+    with serving(Echo, recvburst=3, recv_mode="flow") as server:
+        assert server.recvburst == Usage(3, 0)
+        with raw(server.address) as one, raw(server.address) as two:
+            echoes(one)
+            echoes(two)
+            wait_until(lambda: server.recvburst == Usage(3, 2))
+            with pytest.raises(ValueError, match="recvburst=0"):
+                server.recvburst = 0
+            assert server.recvburst.cap == 3
+            server.recvburst = 9
+            with raw(server.address) as three:
+                echoes(three)
+                caps = [connection.recvburst.cap for connection in made(Echo, 3)]
+                assert caps == [3, 3, 9]
+                wait_until(lambda: server.recvburst == Usage(9, 3))
+        wait_until(lambda: server.recvburst == Usage(9, 0))
+
+
+def test_new_connections_inherit_and_may_have_their_own() -> None:
+    """The three knobs: the server's for who comes from now on, and each connection's own in on_connect."""
+
+    class Own(Echo):
+        def connected(self) -> None:
+            self.data = self.sendcap, self.recvburst
+            if self.server.data == "own":
+                self.sendcap, self.recvburst, self.recv_mode = 7, 11, "burst"
+
+    class Noting(Server):
+        data = ""
+
+    with serving(Own, server=Noting, sendcap=2, recvburst=3) as server, raw(server.address) as one:
+        echoes(one)
+        server.sendcap, server.recvburst = 5, 6
+        server.data = "own"
+        with raw(server.address) as two:
+            echoes(two)
+            first, second = made(Own, 2)
+            assert first.data == (Usage(2, 0), Usage(3, 0))
+            assert second.data == (Usage(5, 0), Usage(6, 0))
+            assert (first.sendcap.cap, first.recvburst.cap) == (2, 3)
+            assert (second.sendcap.cap, second.recvburst.cap) == (7, 11)
+            assert (server.sendcap.cap, server.recvburst.cap) == (5, 6)
+
+
+def test_tune_sets_the_three_of_a_profile() -> None:
+    with serving(Echo, backlog=3) as server:
+        server.tune("ftpd")
+        assert (server.backlog, server.sendcap.cap, server.recvburst.cap) == (Usage(10, 10), 20, 20)
+        with raw(server.address) as client:
+            echoes(client)
+            server.tune("httpd")
+            assert (server.backlog, server.sendcap.cap, server.recvburst.cap) == (Usage(500, 500), 1, 1)
+            (connection,) = made(Echo)
+            assert (connection.sendcap.cap, connection.recvburst.cap) == (20, 20)
+            reachable(server.address)
+            newest = made(Echo, 2)[-1]
+            assert (newest.sendcap.cap, newest.recvburst.cap) == (1, 1)
+
+
+@pytest.mark.parametrize(("wrong", "error"), [("smtpd", ValueError), ("", ValueError), (10, TypeError)])
+def test_an_unknown_profile_is_refused_and_changes_nothing(wrong: Any, error: type[Exception]) -> None:
+    server = Server(LOOPBACK, Echo, backlog=3)
+    try:
+        with pytest.raises(error, match=r"must be one of 'ftpd', 'httpd'"):
+            server.tune(wrong)
+        assert (server.backlog, server.sendcap, server.recvburst) == (Usage(3, 0), Usage(4, 0), Usage(1, 0))
+    finally:
+        server.stop()
 
 
 def test_backlog_is_live() -> None:
@@ -1191,8 +1270,10 @@ def test_the_defaults_are_those_of_the_documentation() -> None:
         "max_connections": None,
         "max_per_host": None,
         "sendcap": 4,
+        "recvburst": 1,
         "recv_mode": "auto",
         "recv_size": 16 * 1024,
+        "recv_buffer_max": 1024 * 1024,
         "high_mark": 64 * 1024,
         "low_mark": 16 * 1024,
         "write_buffer_max": 16 * 1024 * 1024,

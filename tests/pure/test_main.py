@@ -40,6 +40,7 @@ def ends(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[object, s
         (["echo", "--work-threads", "1.5"], "work_threads='1.5'"),
         (["echo", "--sendcap", "0"], "sendcap=0: must be a whole number from 1 to 1000"),
         (["echo", "--recv-mode", "fast"], "recv_mode='fast': must be one of 'auto', 'flow', 'zero-byte'"),
+        (["echo", "--recvburst", "10001"], "recvburst=10001: must be a whole number from 1 to 10000"),
         (["echo", "--recv-mode", "7"], "recv_mode=7: must be one of"),
         (["echo", "--tls-key", "x.pem"], "--tls-key: is of no use without --tls-cert"),
         (["echo", "--tls-cert", "no-such.pem"], "--tls-cert: no-such.pem: No such file"),

@@ -67,10 +67,15 @@ CASES = {
     "max_connections": whole(None, 1, 1_000_000, none=True),
     "max_per_host": whole(None, 1, 1_000_000, none=True),
     "sendcap": whole(4, 1, 1_000),
+    "recvburst": whole(1, 1, 10_000),
     "recv_mode": Case(
-        "auto", ["auto", "flow", "zero-byte"], ["", "AUTO", "zero"], "one of 'auto', 'flow', 'zero-byte'"
+        "auto",
+        ["auto", "flow", "zero-byte", "burst"],
+        ["", "AUTO", "zero"],
+        "one of 'auto', 'flow', 'zero-byte', 'burst'",
     ),
     "recv_size": whole(16 * KIB, 64, 16 * MIB),
+    "recv_buffer_max": whole(MIB, 64, 1 << 40),
     "high_mark": whole(64 * KIB, 0, 1 << 40),
     "low_mark": whole(16 * KIB, 0, 1 << 40),
     "write_buffer_max": whole(16 * MIB, 1, 1 << 40),

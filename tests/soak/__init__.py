@@ -31,6 +31,10 @@ class Figures:
     handles: int
     handles_before: int  # before this server was made, and after another had gone
     living: int  # Connection objects
+    burst_receives: int  # that bursts brought
+    burst_overtakes: int  # of them, retired before one that was posted before them
+    burst_width_max: int  # receives of one connection at a time
+    burst_held_max: int  # bytes, unread and in buffers of posted receives, of one connection
     records: int  # of the log, at WARNING and above
     record_texts: list[str]
     stopped: bool = False  # what Server.stop returned

@@ -25,6 +25,7 @@ import time
 from typing import Any
 
 from iocp_ctypes import Connection, Engine, Server
+from iocp_ctypes._burst import Burst
 
 from . import Figures
 
@@ -66,6 +67,28 @@ class Echo(Connection):
             Echo.closed += 1
             Echo.disorder += self.stage != 1
         self.stage = 2
+
+
+class Bursts:
+    """Watches all that bursts bring."""
+
+    receives = overtakes = width_max = held_max = 0
+    counting = threading.Lock()
+
+    @classmethod
+    def watch(cls) -> None:
+        arrive = Burst.arrive
+
+        def watched(self: Burst, number: int, what: Any) -> None:
+            oldest, width = next(iter(self.posted)), len(self.posted)
+            arrive(self, number, what)
+            with cls.counting:
+                cls.receives += 1
+                cls.overtakes += number != oldest
+                cls.width_max = max(cls.width_max, width)
+                cls.held_max = max(cls.held_max, self.unread + self.reserved)
+
+        Burst.arrive = watched  # type: ignore[method-assign]
 
 
 class Records(logging.Handler):
@@ -121,9 +144,19 @@ def living_threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
 
 
+def engine_of(options: dict[str, Any]) -> Engine:
+    """Make an engine, to look into; it has the I/O threads that the options ask for."""
+    return Engine(io_threads=options.get("io_threads", 0))
+
+
+def options_of(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that are not the engine's."""
+    return {name: value for name, value in options.items() if name != "io_threads"}
+
+
 def rehearse(options: dict[str, Any]) -> None:
     """Serve one client, and go."""
-    with Server(("127.0.0.1", 0), Echo, engine=Engine(), **options) as server:
+    with Server(("127.0.0.1", 0), Echo, engine=engine_of(options), **options_of(options)) as server:
         with socket.create_connection(server.address) as client:
             client.sendall(b"once")
             if client.recv(4) != b"once":
@@ -160,6 +193,10 @@ def figures(server: Server, engine: Engine, records: Records, handles_before: in
         handles=handles(),
         handles_before=handles_before,
         living=sum(isinstance(thing, Echo) for thing in gc.get_objects()),
+        burst_receives=Bursts.receives,
+        burst_overtakes=Bursts.overtakes,
+        burst_width_max=Bursts.width_max,
+        burst_held_max=Bursts.held_max,
         records=records.count,
         record_texts=records.texts,
     )
@@ -167,8 +204,8 @@ def figures(server: Server, engine: Engine, records: Records, handles_before: in
 
 def serve(options: dict[str, Any], records: Records, before: int) -> Figures:
     """Serve until told to stop; returns what is left over."""
-    engine = Engine()
-    server = Server(("127.0.0.1", 0), Echo, engine=engine, **options)
+    engine = engine_of(options)
+    server = Server(("127.0.0.1", 0), Echo, engine=engine, **options_of(options))
     server.start()
     print(json.dumps({"address": list(server.address)}), flush=True)
     for line in sys.stdin:
@@ -184,6 +221,7 @@ def serve(options: dict[str, Any], records: Records, before: int) -> Figures:
 
 def main() -> None:
     options = json.loads(sys.argv[1])
+    Bursts.watch()
     rehearse(options)
     records = Records()
     logging.getLogger("iocp_ctypes").addHandler(records)
