@@ -411,9 +411,12 @@ class Lifetime:
         """What is in use at this instant. Any thread, with the lock or without."""
         flow, operation, stash = self._flow, self._operation, self._stash
         queued, unread = flow.size, sum(map(len, stash or ()))
-        posted = self._reading == POSTED and self._state != life.CONNECTING
+        posted = int(self._reading == POSTED and self._state != life.CONNECTING)
         room = operation.size if operation is not None else 0
-        return InUse(flow.sends, int(posted), queued, unread, queued + unread + room)
+        burst = self._burst
+        if burst is not None:
+            posted, unread, room = len(burst.posted), unread + burst.unread, room + burst.reserved
+        return InUse(flow.sends, posted, queued, unread, queued + unread + room)
 
     def _knobs(self) -> Knobs:
         now = self._in_use()

@@ -86,7 +86,7 @@ class Watched:
             accept_unreplaced=acceptor.unreplaced,
             backlog=backlog,
             sendcap=Usage(self._settings.sendcap, sends),
-            recvburst=Usage(1, receives),
+            recvburst=Usage(self._settings.recvburst, receives),
             bytes_received=traffic.bytes_received,
             bytes_sent=traffic.bytes_sent,
             receives=traffic.receives,

@@ -19,7 +19,7 @@ from ._addresses import Address, format_address, parse_sockaddr
 from ._channel import Buffer, as_bytes
 from ._errors import ConnectionClosedError
 from ._lifecycle import CloseReason
-from ._lifetime import DELIVERING, IDLE, POSTED
+from ._lifetime import DELIVERING, IDLE
 from ._options import KeepAlive, Usage, change, check_option
 from ._stats import ConnectionStats, Traffic
 from ._tlschannel import TLSChannel, make_codec
@@ -333,11 +333,7 @@ class Connection(TLSChannel):
         Above 1 it counts in the modes "burst" and "auto". The cap is less than what was assigned for as long
         as the system is short of buffers.
         """
-        burst = self._burst
-        if burst is not None:
-            return Usage(self._settings.recvburst, len(burst.posted))
-        posted = self._reading == POSTED and self._state != life.CONNECTING
-        return Usage(self._settings.recvburst, int(posted))
+        return Usage(self._settings.recvburst, self._in_use().receives)
 
     @recvburst.setter
     def recvburst(self, cap: int) -> None:
@@ -431,7 +427,7 @@ class Connection(TLSChannel):
             sends=traffic.sends,
             sends_at_once=traffic.sends_at_once,
             sendcap=Usage(self._settings.sendcap, now.sends),
-            recvburst=Usage(1, now.receives),
+            recvburst=Usage(self._settings.recvburst, now.receives),
             write_queued=now.queued,
             unread=now.unread,
             bytes_held=now.held,
