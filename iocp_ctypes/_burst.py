@@ -1,6 +1,6 @@
-"""Burst detection: how many receives a connection has posted, and in which order what they bring is read.
+"""Burst detection: how many receives are posted, and in which order their bytes are read (layer P: pure).
 
-Layer P: pure, no I/O, no locks; the caller holds the connection's lock.
+No I/O, no locks; the caller holds the connection's lock.
 
 Laws
 1. A receive gets its number when it is posted, and the kernel fills receives in that order. What they bring
