@@ -82,6 +82,9 @@ BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"keepalive": "on"}, TypeError, "seconds"),
     ({"exclusive": None}, TypeError, "True or False"),
     ({"dualstack": 0}, TypeError, "True, False or None"),
+    ({"tls": "cert.pem"}, TypeError, "an ssl.SSLContext or None"),
+    ({"tls_handshake_timeout": 0}, ValueError, "seconds"),
+    ({"tls_handshake_timeout": None}, TypeError, "seconds"),
     ({"blacklog": 5}, TypeError, "the options are backlog"),
 ]
 
@@ -1198,5 +1201,7 @@ def test_the_defaults_are_those_of_the_documentation() -> None:
         "keepalive": None,
         "exclusive": True,
         "dualstack": None,
+        "tls": None,
+        "tls_handshake_timeout": 10,
     }
     assert server_module.LISTEN_BACKLOG_MIN == 200
