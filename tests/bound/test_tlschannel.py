@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import socket
 import ssl
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -777,6 +779,39 @@ def test_who_talks_is_not_silent_and_may_become_idle() -> None:
         connection.until("close")
         assert [call.value for call in connection.calls if call.name == "timeout"] == ["idle"] * 2
         assert connection.close_reason == "idle"
+
+
+def test_who_ends_badly_leaves_no_garbage() -> None:
+    def talk(address: Any, how: int) -> None:
+        with raw(address) as sock, contextlib.suppress(OSError):
+            if how == 0:
+                sock.sendall(PLAIN_REQUEST)
+            else:
+                with CLIENT.wrap_socket(sock, server_hostname="localhost") as client:
+                    echoes(client)
+                    if how == 1:
+                        client.shutdown(socket.SHUT_WR)
+                    elif how == 2:
+                        socket.socket.send(client, b"no record of TLS")
+                    else:
+                        client.unwrap()
+            while sock.recv(100):
+                pass
+
+    with serving(Echo, tls=SERVER) as server:
+        gc.collect()
+        gc.disable()
+        try:
+            for how in range(4):
+                talk(server.address, how)
+                [connection] = made(Echo)
+                gone = weakref.ref(connection)
+                assert connection.wait_closed(PATIENCE)
+                del connection
+                Echo.made.clear()
+                wait_until(lambda gone=gone: gone() is None, what=f"connection {how} is let go")  # type: ignore[misc]
+        finally:
+            gc.enable()
 
 
 def test_handles_stay_flat(flat_handles: None) -> None:
