@@ -91,12 +91,12 @@ class TLSChannel(BurstChannel):
             return
         if self._state >= life.JOINING:
             return
-        codec, error = self._tls, None
+        codec, error = self._tls, ""
         if codec is None:  # a client's was made by `connect`, to have its arguments checked
             try:
                 codec = make_codec("tls", self._settings.tls, True)
             except (OSError, ValueError) as exc:
-                error = exc
+                error = str(exc)
         with self._lock:
             if codec is None:  # it was checked when the server was made: something has changed it since
                 text = f"the context of tls= cannot be used: {error}"
@@ -170,6 +170,7 @@ class TLSChannel(BurstChannel):
             done = codec.handshake()
         except (OSError, ValueError) as exc:
             error = exc if isinstance(exc, OSError) else OSError(errno.EINVAL, str(exc))
+            error.__traceback__ = None  # it refers to this connection
         told = False
         with self._lock:
             self._put_out(codec.output())
@@ -297,7 +298,7 @@ class TLSChannel(BurstChannel):
                 try:
                     plain = codec.read(most)
                 except OSError as exc:
-                    error = exc
+                    error = exc.with_traceback(None)  # it refers to this connection
                 if out := codec.output():
                     self._put_out(out)
                 if error is not None:

@@ -200,7 +200,8 @@ class TLSCodec:
         Raises ssl.SSLError for a bad record, after the good bytes before it were returned.
         """
         if self._error is not None:
-            raise self._error
+            error, self._error = self._error, None
+            raise error
         parts: list[bytes] = []
         if self._plain:
             parts.append(self._plain[:most])
@@ -219,9 +220,9 @@ class TLSCodec:
             except ssl.SSLZeroReturnError:
                 part = b""
             except OSError as exc:
-                self._error = exc
                 if not parts:
                     raise
+                self._error = exc.with_traceback(None)  # which refers to this very object
                 break
             if not part:
                 self.ended = True
@@ -324,7 +325,7 @@ class SecureFlow(WriteFlow):
             try:
                 written = codec.write(chunk)
             except OSError as exc:
-                self.error, written = exc, 0
+                self.error, written = exc.with_traceback(None), 0  # it refers to this very object
             data = codec.output()
             if data:
                 taken.append(Piece(data, 0, len(data)))

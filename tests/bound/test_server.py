@@ -88,6 +88,9 @@ BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"dualstack": 0}, TypeError, "True, False or None"),
     ({"trace": -1}, ValueError, "from 0 to 1000000"),
     ({"trace": "trace.json"}, TypeError, "from 0 to 1000000"),
+    ({"tls": "cert.pem"}, TypeError, "an ssl.SSLContext or None"),
+    ({"tls_handshake_timeout": 0}, ValueError, "seconds"),
+    ({"tls_handshake_timeout": None}, TypeError, "seconds"),
     ({"blacklog": 5}, TypeError, "the options are backlog"),
 ]
 
@@ -1284,5 +1287,7 @@ def test_the_defaults_are_those_of_the_documentation() -> None:
         "exclusive": True,
         "dualstack": None,
         "trace": 0,
+        "tls": None,
+        "tls_handshake_timeout": 10,
     }
     assert server_module.LISTEN_BACKLOG_MIN == 200

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import socket
 import ssl
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -533,11 +535,12 @@ def test_what_is_unread_is_bounded_while_reading_is_paused() -> None:
 
 
 def test_marks_count_ciphertext_and_on_drain_comes() -> None:
+    results: list[bool] = []
+
     class Sending(Recorder):
         def connected(self) -> None:
-            self.results = []
-            while not self.results or self.results[-1]:
-                self.results.append(self.send(bytes(10_000)))
+            while not results or results[-1]:
+                results.append(self.send(bytes(10_000)))
 
     with (
         serving(Sending, tls=SERVER, high_mark=200_000, low_mark=1000) as server,
@@ -545,8 +548,8 @@ def test_marks_count_ciphertext_and_on_drain_comes() -> None:
     ):
         [connection] = made(Sending)
         connection.until("connect")
-        wait_until(lambda: not connection.results[-1])
-        total = 10_000 * len(connection.results)
+        wait_until(lambda: results and not results[-1])
+        total = 10_000 * len(results)
         assert total > 200_000
         assert read_exactly(client, total) == bytes(total)
         connection.until("drain")
@@ -777,6 +780,46 @@ def test_who_talks_is_not_silent_and_may_become_idle() -> None:
         connection.until("close")
         assert [call.value for call in connection.calls if call.name == "timeout"] == ["idle"] * 2
         assert connection.close_reason == "idle"
+
+
+def test_who_ends_badly_leaves_no_garbage() -> None:
+    def talk(address: Any, how: int) -> None:
+        with raw(address) as sock, contextlib.suppress(OSError):
+            if how == 0:
+                sock.sendall(PLAIN_REQUEST)
+            else:
+                with CLIENT.wrap_socket(sock, server_hostname="localhost") as client:
+                    echoes(client)
+                    if how == 1:
+                        client.shutdown(socket.SHUT_WR)
+                    elif how == 2:
+                        socket.socket.send(client, b"no record of TLS")
+                    else:
+                        client.unwrap()
+            while sock.recv(100):
+                pass
+
+    with serving(Echo, tls=SERVER) as server:
+        gc.collect()
+        gc.disable()
+        try:
+            for how in range(4):
+                talk(server.address, how)
+                [connection] = made(Echo)
+                gone = weakref.ref(connection)
+                assert connection.wait_closed(PATIENCE)
+                del connection
+                Echo.made.clear()
+                dispatcher = server.engine.dispatcher
+
+                def is_gone(gone: Any = gone, dispatcher: Any = dispatcher) -> bool:
+                    # Without a GIL the thread that made an object is the one to free it, once it wakes up.
+                    dispatcher.call_soon(time.monotonic)
+                    return gone() is None
+
+                wait_until(is_gone, what=f"connection {how} is let go")
+        finally:
+            gc.enable()
 
 
 def test_handles_stay_flat(flat_handles: None) -> None:

@@ -262,9 +262,8 @@ def test_a_bad_record_is_told_after_the_good_ones(version: str) -> None:
     server.feed(good + bytes(bad))
     assert server.read(100) == b"good"
     assert server.more
-    for _ in range(2):
-        with pytest.raises(ssl.SSLError, match=r"(?i)bad.record.mac|decrypt"):
-            server.read(100)
+    with pytest.raises(ssl.SSLError, match=r"(?i)bad.record.mac|decrypt"):
+        server.read(100)
     client.feed(server.output())
     with pytest.raises(ssl.SSLError, match=r"(?i)alert"):
         client.read(100)
