@@ -61,21 +61,33 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     echo = commands.add_parser("echo", help="serve: send back what comes")
-    echo.add_argument(
-        "--host", default="127.0.0.1", help="where to listen; '' is every interface (%(default)s)"
+    _add_serving(echo, 9000)
+
+    http = commands.add_parser("http", help="serve: the files of a folder, over HTTP (needs h11)")
+    http.add_argument(
+        "directory", nargs="?", default=".", metavar="DIRECTORY", help="the folder (%(default)s)"
     )
-    echo.add_argument(
-        "--port", type=_whole(0, 65535), default=9000, help="0 is any that is free (%(default)s)"
-    )
-    for name in SERVING:
-        meaning = OPTIONS[name].meaning
-        echo.add_argument(f"--{name.replace('_', '-')}", type=_option(name), metavar="VALUE", help=meaning)
-    echo.add_argument("--stats", action="store_true", help="print the server's figures at the end")
+    _add_serving(http, 8000)
+    http.add_argument("--log", action="store_true", help="print a line for each request")
 
     demo = commands.add_parser("demo", help="serve clients of this very process, and say what happened")
     demo.add_argument("--clients", type=_whole(1, CLIENTS_MAX), default=1000, help="(%(default)s)")
     demo.add_argument("--messages", type=_whole(1, MESSAGES_MAX), default=5, help="of each (%(default)s)")
     return parser
+
+
+def _add_serving(command: argparse.ArgumentParser, port: int) -> None:
+    """Add the arguments that every command that serves takes."""
+    command.add_argument(
+        "--host", default="127.0.0.1", help="where to listen; '' is every interface (%(default)s)"
+    )
+    command.add_argument(
+        "--port", type=_whole(0, 65535), default=port, help="0 is any that is free (%(default)s)"
+    )
+    for name in SERVING:
+        meaning = OPTIONS[name].meaning
+        command.add_argument(f"--{name.replace('_', '-')}", type=_option(name), metavar="VALUE", help=meaning)
+    command.add_argument("--stats", action="store_true", help="print the server's figures at the end")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -91,6 +103,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.command == "demo":
             return _commands.demo(given.clients, given.messages)
         options = {name: value for name in SERVING if (value := getattr(given, name)) is not None}
+        if given.command == "http":
+            place = (given.host, given.port)
+            return _commands.http(given.directory, place, given.log, given.stats, options)
         return _commands.echo((given.host, given.port), given.stats, options)
     except KeyboardInterrupt:
         return 0

@@ -17,7 +17,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from . import _sockops, _win32
 from ._addresses import Address, format_address
@@ -47,7 +47,27 @@ class Echo(Connection):
 
 def echo(address: Address, stats: bool, options: Mapping[str, Any]) -> int:
     """Serve the echo until Ctrl-C, with options of Server; returns the exit code."""
-    with Server(address, Echo, **options) as server:
+    return _serve(Server(address, Echo, **options), stats)
+
+
+def http(directory: str, address: Address, log: bool, stats: bool, options: Mapping[str, Any]) -> int:
+    """Serve the files of a folder until Ctrl-C; returns the exit code. ImportError without h11."""
+    from .http import HTTPConnection, StaticFiles
+
+    class Files(HTTPConnection):
+        routes: ClassVar[Mapping[str, Any]] = {"/": StaticFiles(directory, listing=True)}
+        access_log = staticmethod(_print_line) if log else None
+
+    return _serve(Server(address, Files, **options), stats)
+
+
+def _print_line(line: str) -> None:
+    print(line, flush=True)
+
+
+def _serve(server: Server, stats: bool) -> int:
+    """Say where a server listens, and serve until Ctrl-C."""
+    with server:
         for bound in server.addresses:
             print(f"listening on {format_address(bound)}", flush=True)
         server.serve_forever()

@@ -175,12 +175,20 @@ class HTTPConnection(Answers):
 
         On the thread of a callback. The deadline is cleared.
         """
+        self._clear_deadline()
+        self._hand_over(protocol)
+
+    def _clear_deadline(self) -> None:
+        self._due = None
+        if self._armed != math.inf:
+            self._armed = math.inf
+            self.set_deadline(None)
+
+    def _hand_over(self, protocol: Switched) -> None:
         self._switched = protocol
         self._phase = LAST
         self._answer = DONE
-        self._due = None
         self._waiting = b""
-        self.set_deadline(None)
 
     # -- reading --------------------------------------------------------------------------------------------
 
@@ -345,11 +353,12 @@ class HTTPConnection(Answers):
 
     def _upgrade(self, request: Request, rest: bytes) -> bytes:
         """Let another protocol take over, or refuse; returns what is left for us."""
+        self._clear_deadline()  # before: it may set its own
         switched = self._target.upgrade(self, request, rest)
         if switched is None:
             self._settle()
             return rest
-        self.switch(switched)
+        self._hand_over(switched)
         self._status = 101
         self._account(request)
         return b""
@@ -392,7 +401,7 @@ class HTTPConnection(Answers):
         elif kind == BEAT and self._stream is not None:
             self._stream.beat()
             self._set_due(BEAT, self._stream.heartbeat)
-        elif self.write_buffer_size:  # an answer still waits to be taken
+        elif self.write_buffer_size or self._file is not None:  # an answer still waits to be taken
             if self._taken == self.bytes_sent:
                 self.abort()
                 return
@@ -470,16 +479,21 @@ class HTTPConnection(Answers):
         if stream is not None:
             stream.ended()
 
-    def _shutdown(self) -> None:
-        """The server stops: what is being answered is answered first."""
+    def on_shutdown(self) -> None:
+        """The server stops: what is being answered is answered first; streams of events are cut off."""
         if self._switched is not None:
-            told = getattr(self._switched, "on_shutdown", None)
-            if told is not None:
-                self.call_soon(told)
-                return
-        elif self._stream is None:
+            told = getattr(self._switched, "on_shutdown", self.close)
+            told()
+            return
+        if self._stream is None:
             with self._answers:
                 if self._request is not None and self._answer != DONE:
                     self._ending = True
                     return
-        super()._shutdown()
+        self.close()
+
+    def _shutdown(self) -> None:
+        try:
+            self.call_soon(self.on_shutdown)
+        except ConnectionClosedError:
+            pass
