@@ -82,6 +82,7 @@ PRINTING = {"_commands", "__main__"}
 #: What modules do to the process when they are imported; each is explained where it stands.
 SIDE_EFFECTS = {
     "_sockops": ["_win32.WSAStartup"],  # Winsock must be on before the first call
+    "_httpparse": ["Try"],  # an ImportError that says what to install
     "engine": [
         "getattr(threading, '_register_atexit', atexit.register)"
     ],  # engines end before the interpreter
