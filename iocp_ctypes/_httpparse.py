@@ -6,14 +6,15 @@ Laws
    is not "chunked", more than one Host.
 2. A head is parsed once it is complete. Before that only what shows that it will never be good is looked at.
 3. Each request has an h11.Connection of its own, and what came behind it goes to the next: h11 parses, and
-   how answers are framed is `_httpmessage`'s.
+   how answers are framed is `_httpmessage`'s. The same head is not parsed again: it says the same.
 Source: RFC 9112; h11.readthedocs.io
 """
 
 from __future__ import annotations
 
+import functools
 import re
-from typing import Final
+from typing import Final, NamedTuple
 
 from ._addresses import Address
 from ._httplimits import Limits
@@ -30,7 +31,12 @@ CHUNK_LINES_MAX: Final = 8 * 1024
 #: attack on the processor.
 CHUNK_OVERHEAD_MAX: Final = 16
 CHUNK_OVERHEAD_FIRST: Final = 64 * 1024
+#: Bytes of a head, and heads, that are kept parsed: less than 2 MiB in all.
+KEPT_HEAD_MAX: Final = 1024
+KEPT_HEADS: Final = 256
 
+#: Whole lines without control characters, none of them folded: the one check that nearly all heads need.
+_CLEAN: Final = re.compile(rb"(?:[\t\x20-\x7e\x80-\xff]*\r\n(?![ \t]))*")
 _ALLOWED: Final = bytes([9, 10, 13, *range(32, 127), *range(128, 256)])
 _START: Final = frozenset(b"!#$%&'*+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
 _HOST: Final = re.compile(rb"(?:[-A-Za-z0-9._~%!$&'()*+,;=]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
@@ -66,6 +72,8 @@ def check_partial(data: bytes, limits: Limits) -> None:
 
 
 def _check_bytes(head: bytes) -> None:
+    if _CLEAN.fullmatch(head):
+        return
     ends = head.count(b"\r\n")
     if head.count(b"\n") != ends or head.count(b"\r") != ends:
         raise Refused(400, "lines end with CR LF")
@@ -75,8 +83,10 @@ def _check_bytes(head: bytes) -> None:
         raise Refused(400, "the head has control characters")
 
 
-def parse_head(head: bytes, limits: Limits, client: Address) -> tuple[Request, h11.Connection]:
+def parse_head(head: bytes, limits: Limits, client: Address) -> tuple[Request, h11.Connection | None]:
     """Return the request that a complete head is of, and the h11.Connection that goes on with its body.
+
+    That is None where there is no body.
 
     Args:
         head: from the request line up to and with the blank line.
@@ -94,6 +104,30 @@ def parse_head(head: bytes, limits: Limits, client: Address) -> tuple[Request, h
         raise Refused(431, "the header fields are too many or too long")
     if len(head) > limits.request_line_max and head.find(b"\n") > limits.request_line_max + 1:
         raise Refused(414, "the request line is too long")
+    parser = None
+    if len(head) <= KEPT_HEAD_MAX and head.startswith((b"GET ", b"HEAD ")):
+        parts = _parse_kept(head)
+    else:
+        parts, parser = _parse(head)
+    if parts.length != 0 and parser is None:
+        parts, parser = _parse(head)
+    request = Request(parts.method, parts.target, list(parts.headers), parts.version, client)
+    request.length = parts.length
+    return request, parser
+
+
+class _Parts(NamedTuple):
+    """What a head says."""
+
+    method: str
+    target: str
+    headers: tuple[tuple[bytes, bytes], ...]
+    version: str
+    length: int | None
+
+
+def _parse(head: bytes) -> tuple[_Parts, h11.Connection]:
+    """Have h11 parse a head, and check what it leaves to us; Refused."""
     _check_bytes(head)
     parser = h11.Connection(h11.SERVER, CHUNK_LINES_MAX)
     parser.receive_data(head)
@@ -103,34 +137,41 @@ def parse_head(head: bytes, limits: Limits, client: Address) -> tuple[Request, h
         raise _why(head, exc) from exc
     if not isinstance(event, h11.Request):
         raise Refused(400, "this is no request")
-    headers = [(name.lower(), value) for name, value in event.headers.raw_items()]
     if event.http_version[:1] != b"1":
         raise Refused(505, "this server speaks HTTP/1.1")
     version = "1.0" if event.http_version == b"1.0" else "1.1"
     target = event.target.decode("ascii")
     if target[0] != "/":
         target = _origin_form(target, event.method)
-    request = Request(event.method.decode("ascii"), target, headers, version, client)
-    _check_fields(request, head)
-    return request, parser
+    headers = tuple((name.lower(), value) for name, value in event.headers.raw_items())
+    length = _check_fields(dict(headers), head, version)
+    return _Parts(event.method.decode("ascii"), target, headers, version, length), parser
 
 
-def _check_fields(request: Request, head: bytes) -> None:
-    length, coding = request.field(b"content-length"), request.field(b"transfer-encoding")
+@functools.lru_cache(maxsize=KEPT_HEADS)
+def _parse_kept(head: bytes) -> _Parts:
+    """Return what a head says that may have come before: clients send the same one again and again."""
+    return _parse(head)[0]
+
+
+def _check_fields(fields: dict[bytes, bytes], head: bytes, version: str) -> int | None:
+    """Check the fields that say how long a request is and for whom; returns its length, None for chunks."""
+    host = fields.get(b"host")
+    if host is not None and not _HOST.fullmatch(host):
+        raise Refused(400, "the Host field is wrong")
+    length, coding = fields.get(b"content-length"), fields.get(b"transfer-encoding")
     if length is not None:
         if coding is not None:
             raise Refused(400, "Content-Length beside Transfer-Encoding")
         said = _LENGTHS.findall(head)  # h11 makes one of several that are the same
         if len(said) != 1 or not said[0].isdigit():
             raise Refused(400, "more than one Content-Length")
-        request.length = int(length)
-    elif coding is not None:
-        if request.http_version == "1.0":
-            raise Refused(400, "HTTP/1.0 has no Transfer-Encoding")
-        request.length = None
-    host = request.field(b"host")
-    if host is not None and not _HOST.fullmatch(host):
-        raise Refused(400, "the Host field is wrong")
+        return int(length)
+    if coding is None:
+        return 0
+    if version == "1.0":
+        raise Refused(400, "HTTP/1.0 has no Transfer-Encoding")
+    return None
 
 
 def _origin_form(target: str, method: bytes) -> str:
@@ -171,8 +212,9 @@ class BodyReader:
 
     __slots__ = ("_chunked", "_last", "_most", "_parser", "_wire", "done", "received", "rest")
 
-    def __init__(self, parser: h11.Connection, request: Request, most: int) -> None:
+    def __init__(self, parser: h11.Connection | None, request: Request, most: int) -> None:
         """Go on where `parse_head` stopped; Refused (413) where the body is said to be above `most` bytes."""
+        assert parser is not None
         if request.length is not None and request.length > most:
             raise Refused(413, f"a body may have {most} bytes")
         self._parser = parser

@@ -188,22 +188,22 @@ def test_client() -> None:
 
 
 def test_http_files() -> None:
-    with example("http_files", "--folder", "examples", "--password", "ann:pw") as program:
-        with Client(program.listening()) as client:
-            assert client.ask("/").status == 401
-            ann = {"Authorization": "Basic YW5uOnB3"}
-            listing = client.ask("/", **ann)
-            assert b'<a href="./http_files.py">http_files.py</a>' in listing.body
-            source = client.ask("/http_files.py", **ann)
-            assert source.body == (ROOT / "examples" / "http_files.py").read_bytes()
-            assert client.ask("/http_files.py", **ann, If_None_Match=source.headers["etag"]).status == 304
-            assert client.ask("/http_files.py", **ann, Range="bytes=0-2").body == b'"""'
-            assert len(client.ask("/time", **ann).body) == 9
-            assert client.ask("/echo", "POST", b"as it was", **ann).body == b"as it was"
-            assert client.ask("/echo", **ann).status == 405
-            figures = client.ask("/metrics", **ann).body.decode()
-            assert 'iocp_ctypes_http_requests_total{method="GET",status="401"} 1\n' in figures
-            assert client.ask("/../README.md", **ann).status == 404
+    arguments = ("--folder", "examples", "--password", "ann:pw")
+    with example("http_files", *arguments) as program, Client(program.listening()) as client:
+        assert client.ask("/").status == 401
+        ann = {"Authorization": "Basic YW5uOnB3"}
+        listing = client.ask("/", **ann)
+        assert b'<a href="./http_files.py">http_files.py</a>' in listing.body
+        source = client.ask("/http_files.py", **ann)
+        assert source.body == (ROOT / "examples" / "http_files.py").read_bytes()
+        assert client.ask("/http_files.py", **ann, If_None_Match=source.headers["etag"]).status == 304
+        assert client.ask("/http_files.py", **ann, Range="bytes=0-2").body == b'"""'
+        assert len(client.ask("/time", **ann).body) == 9
+        assert client.ask("/echo", "POST", b"as it was", **ann).body == b"as it was"
+        assert client.ask("/echo", **ann).status == 405
+        figures = client.ask("/metrics", **ann).body.decode()
+        assert 'iocp_ctypes_http_requests_total{method="GET",status="401"} 1\n' in figures
+        assert client.ask("/../README.md", **ann).status == 404
 
 
 def test_sse_clock() -> None:

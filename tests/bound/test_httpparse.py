@@ -17,8 +17,11 @@ from iocp_ctypes._httpmessage import Request
 from iocp_ctypes._httpparse import (
     CHUNK_LINES_MAX,
     CHUNK_OVERHEAD_FIRST,
+    KEPT_HEAD_MAX,
+    KEPT_HEADS,
     BodyReader,
     Refused,
+    _parse_kept,
     check_partial,
     parse_head,
 )
@@ -81,6 +84,38 @@ def test_fields_come_in_order_and_in_lower_case() -> None:
     assert request.headers == [(b"host", b"a"), (b"x-b", b"1"), (b"x-a", b"2"), (b"x-b", b"3")]
     assert request.fields["X-B"] == "1, 3"
     assert all(type(part) is bytes for pair in request.headers for part in pair)
+
+
+def test_a_head_that_came_before_is_the_same_request_and_another_object() -> None:
+    head = b"GET /kept HTTP/1.1\r\nHost: a\r\nX: y\r\n\r\n"
+    _parse_kept.cache_clear()
+    first, _rest = read(head)
+    first.headers.clear()
+    first.user = "somebody"
+    second, parser = parse_head(head, Limits(), ("192.0.2.2", 1))
+    assert _parse_kept.cache_info()[:2] == (1, 1)
+    assert parser is None
+    assert (second.headers, second.user) == ([(b"host", b"a"), (b"x", b"y")], None)
+    assert (second.field(b"x"), second.client) == (b"y", ("192.0.2.2", 1))
+    assert refused(head, Limits(head_max=64, headers_max=1)) == 431, "limits count all the same"
+
+
+def test_what_is_kept_is_bounded() -> None:
+    for number in range(2 * KEPT_HEADS):
+        read(b"GET /%d HTTP/1.1\r\nHost: a\r\n\r\n" % number)
+    assert _parse_kept.cache_info().currsize == KEPT_HEADS
+    _parse_kept.cache_clear()
+    read(b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"y" * KEPT_HEAD_MAX + b"\r\n\r\n")
+    for name in ("cl-te", "bare-lf-line"):
+        refused(REFUSED[name][0])
+    read(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\n\r\nx")
+    assert _parse_kept.cache_info().currsize == 0
+
+
+def test_a_get_with_a_body() -> None:
+    data = b"GET / HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\nabc"
+    for _ in range(2):
+        assert read(data)[0].body == b"abc"
 
 
 def test_the_edges_of_the_limits() -> None:
