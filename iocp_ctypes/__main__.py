@@ -17,7 +17,7 @@ from ._options import OPTIONS, check_option
 SERVING: Final = ("io_threads", "work_threads", "backlog", "sendcap", "recvburst", "recv_mode")
 
 #: The commands that serve over TLS where they are given a certificate.
-TLS_COMMANDS: Final = ("echo",)
+TLS_COMMANDS: Final = ("echo", "http")
 
 #: More clients than this, and what is shown is how this process runs out of sockets.
 CLIENTS_MAX: Final = 5000
@@ -78,26 +78,40 @@ def _parser() -> _Parser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     echo = commands.add_parser("echo", help="serve: send back what comes")
-    echo.add_argument(
-        "--host", default="127.0.0.1", help="where to listen; '' is every interface (%(default)s)"
+    _add_serving(echo, 9000)
+
+    http = commands.add_parser("http", help="serve: the files of a folder, over HTTP (needs h11)")
+    http.add_argument(
+        "directory", nargs="?", default=".", metavar="DIRECTORY", help="the folder (%(default)s)"
     )
-    echo.add_argument(
-        "--port", type=_whole(0, 65535), default=9000, help="0 is any that is free (%(default)s)"
-    )
-    for name in SERVING:
-        meaning = OPTIONS[name].meaning
-        echo.add_argument(f"--{name.replace('_', '-')}", type=_option(name), metavar="VALUE", help=meaning)
-    stats = "print the server's figures: a line every 5 seconds, all of them at the end"
-    echo.add_argument("--stats", action="store_true", help=stats)
-    trace = "write the newest operations to a file for ui.perfetto.dev at the end"
-    echo.add_argument("--trace", metavar="FILE", help=trace)
-    echo.add_argument("--tls-cert", metavar="FILE", help="serve over TLS with this certificate (PEM)")
-    echo.add_argument("--tls-key", metavar="FILE", help="its key; left out, it is in the certificate's file")
+    _add_serving(http, 8000)
+    http.add_argument("--log", action="store_true", help="print a line for each request")
 
     demo = commands.add_parser("demo", help="serve clients of this very process, and say what happened")
     demo.add_argument("--clients", type=_whole(1, CLIENTS_MAX), default=1000, help="(%(default)s)")
     demo.add_argument("--messages", type=_whole(1, MESSAGES_MAX), default=5, help="of each (%(default)s)")
     return parser
+
+
+def _add_serving(command: argparse.ArgumentParser, port: int) -> None:
+    """Add the arguments that every command that serves takes."""
+    command.add_argument(
+        "--host", default="127.0.0.1", help="where to listen; '' is every interface (%(default)s)"
+    )
+    command.add_argument(
+        "--port", type=_whole(0, 65535), default=port, help="0 is any that is free (%(default)s)"
+    )
+    for name in SERVING:
+        meaning = OPTIONS[name].meaning
+        command.add_argument(f"--{name.replace('_', '-')}", type=_option(name), metavar="VALUE", help=meaning)
+    stats = "print the server's figures: a line every 5 seconds, all of them at the end"
+    command.add_argument("--stats", action="store_true", help=stats)
+    trace = "write the newest operations to a file for ui.perfetto.dev at the end"
+    command.add_argument("--trace", metavar="FILE", help=trace)
+    command.add_argument("--tls-cert", metavar="FILE", help="serve over TLS with this certificate (PEM)")
+    command.add_argument(
+        "--tls-key", metavar="FILE", help="its key; left out, it is in the certificate's file"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -116,7 +130,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = {name: value for name in SERVING if (value := getattr(given, name)) is not None}
         if tls is not None:
             options["tls"] = tls
-        return _commands.echo((given.host, given.port), given.stats, options, given.trace)
+        place = (given.host, given.port)
+        if given.command == "http":
+            return _commands.http(given.directory, place, given.log, given.stats, options, given.trace)
+        return _commands.echo(place, given.stats, options, given.trace)
     except KeyboardInterrupt:
         return 0
     except (ImportError, OSError) as exc:

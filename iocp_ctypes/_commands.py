@@ -17,7 +17,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from . import _sockops, _win32
 from ._addresses import Address, format_address
@@ -52,7 +52,7 @@ class Echo(Connection):
 
 
 def echo(address: Address, stats: bool, options: Mapping[str, Any], trace: str | None = None) -> int:
-    """Serve the echo until Ctrl-C, with options of Server; returns the exit code.
+    """Serve the echo until Ctrl-C; returns the exit code.
 
     Args:
         address: where to listen.
@@ -60,10 +60,42 @@ def echo(address: Address, stats: bool, options: Mapping[str, Any], trace: str |
         options: of Server.
         trace: a file, for the newest operations; None: none.
     """
-    if trace is not None:
-        with open(trace, "w", encoding="utf-8"):  # what cannot be written is told now, not at the end
-            options = {**options, "trace": TRACED}
-    with Server(address, Echo, **options) as server:
+    return _serve(Server(address, Echo, **_traced(options, trace)), stats, trace)
+
+
+def http(
+    directory: str,
+    address: Address,
+    log: bool,
+    stats: bool,
+    options: Mapping[str, Any],
+    trace: str | None = None,
+) -> int:
+    """Serve the files of a folder until Ctrl-C; the rest as `echo`. ImportError without h11."""
+    from .http import HTTPConnection, StaticFiles
+
+    class Files(HTTPConnection):
+        routes: ClassVar[Mapping[str, Any]] = {"/": StaticFiles(directory, listing=True)}
+        access_log = staticmethod(_print_line) if log else None
+
+    return _serve(Server(address, Files, **_traced(options, trace)), stats, trace)
+
+
+def _print_line(line: str) -> None:
+    print(line, flush=True)
+
+
+def _traced(options: Mapping[str, Any], trace: str | None) -> Mapping[str, Any]:
+    """Return the options with a trace where a file for it is named."""
+    if trace is None:
+        return options
+    with open(trace, "w", encoding="utf-8"):  # what cannot be written is told now, not at the end
+        return {**options, "trace": TRACED}
+
+
+def _serve(server: Server, stats: bool, trace: str | None) -> int:
+    """Say where a server listens, and serve until Ctrl-C."""
+    with server:
         for bound in server.addresses:
             print(f"listening on {format_address(bound)}", flush=True)
         with _figures_now_and_then(server) if stats else contextlib.nullcontext():

@@ -34,6 +34,10 @@ TABLE: dict[str, int] = {
     "_options": P,
     "_stats": P,
     "_datagramoptions": P,
+    "_httplimits": P,
+    "_httpmessage": P,
+    "_httppaths": P,
+    "access": P,
     "_trace": P,
     "tls": P,
     "_win32": 1,
@@ -62,6 +66,12 @@ TABLE: dict[str, int] = {
     "stream": 6,
     "stream_server": 6,
     "datagram": 6,
+    "_httplog": 7,
+    "_httpfiles": 7,
+    "_httpparse": 7,
+    "_httpanswer": 7,
+    "_sse": 7,
+    "_detect": 7,
     "http": 7,
     "websocket": 7,
     "wsgi": 7,
@@ -73,12 +83,13 @@ TABLE: dict[str, int] = {
 #: The layers that may know ctypes.
 CTYPES_LAYERS = range(1, 5)
 #: Libraries that an optional module may need. The core needs none.
-THIRD_PARTY = {"http": {"h11"}, "wsgi": {"h11"}, "websocket": {"websockets"}}
+THIRD_PARTY = {"_httpparse": {"h11"}, "wsgi": {"h11"}, "websocket": {"websockets"}}
 #: Modules that write to the terminal, because that is what they are for.
 PRINTING = {"_commands", "__main__"}
 #: What modules do to the process when they are imported; each is explained where it stands.
 SIDE_EFFECTS = {
     "_sockops": ["_win32.WSAStartup"],  # Winsock must be on before the first call
+    "_httpparse": ["Try"],  # an ImportError that says what to install
     "engine": [
         "getattr(threading, '_register_atexit', atexit.register)"
     ],  # engines end before the interpreter

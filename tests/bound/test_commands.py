@@ -16,6 +16,7 @@ import pytest
 from perfetto import read_trace
 from program import Program, running
 from support import LOOPBACK, raw, reachable, wait_until
+from web import Client
 
 from iocp_ctypes import Server, _commands, _win32
 from iocp_ctypes.__main__ import main
@@ -226,6 +227,31 @@ def test_echo_to_a_client_that_reads_late() -> None:
             left -= len(client.recv(65536))
         sender.join()
     assert held_back, "the server took everything, though nobody read what it sent back"
+
+
+def test_http_serves_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"text")
+    (tmp_path / "large.bin").write_bytes(bytes(3_000_000))
+    arguments = ("http", str(tmp_path), "--port", "0", "--log")
+    with running("-m", "iocp_ctypes", *arguments) as program, Client(program.listening()) as client:
+        assert client.ask("/a.txt").body == b"text"
+        program.line(r'127\.0\.0\.1 - - \[.*\] "GET /a\.txt HTTP/1\.1" 200 4 "-" "-"')
+        assert client.ask("/large.bin").body == bytes(3_000_000)
+        program.line(r'.* "GET /large\.bin HTTP/1\.1" 200 3000000 "-" "-"')
+        assert b"./a.txt" in client.ask("/").body
+        program.line(r'.* "GET / HTTP/1\.1" 200 \d+ "-" "-"')
+        assert client.ask("/b%22.txt").status == 404
+        program.line(r'.* "GET /b%22\.txt HTTP/1\.1" 404 14 "-" "-"')
+        client.send(b"GET / HTTP/1.1\r\n\r\n")
+        assert client.answer().status == 400
+        program.line(r'.* "GET / HTTP/1\.1" 400 .*|.* "-" 400 .*')
+
+
+def test_http_without_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["http", "no-such-folder", "--port", "0"])
+    assert caught.value.code == 1
+    assert capsys.readouterr().err == "python -m iocp_ctypes: error: no such folder: no-such-folder\n"
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "203.0.113.1", "no-such-host.invalid"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import socket
 import ssl
 import tempfile
@@ -14,6 +15,7 @@ import pytest
 from program import ROOT, Program, running
 from support import PATIENCE, Echo, ended, raw, read_all, read_exactly, serving
 from support import made as made_connections
+from web import Client
 
 from iocp_ctypes import open_stream
 from iocp_ctypes.certificate import throwaway_certificate
@@ -235,3 +237,58 @@ def test_client() -> None:
                 assert asking.ended() == (0, [])
             finally:
                 asking.kill()
+
+
+def test_http_files() -> None:
+    arguments = ("--folder", "examples", "--password", "ann:pw")
+    with example("http_files", *arguments) as program, Client(program.listening()) as client:
+        assert client.ask("/").status == 401
+        ann = {"Authorization": "Basic YW5uOnB3"}
+        listing = client.ask("/", **ann)
+        assert b'<a href="./http_files.py">http_files.py</a>' in listing.body
+        source = client.ask("/http_files.py", **ann)
+        assert source.body == (ROOT / "examples" / "http_files.py").read_bytes()
+        assert client.ask("/http_files.py", **ann, If_None_Match=source.headers["etag"]).status == 304
+        assert client.ask("/http_files.py", **ann, Range="bytes=0-2").body == b'"""'
+        assert len(client.ask("/time", **ann).body) == 9
+        assert client.ask("/echo", "POST", b"as it was", **ann).body == b"as it was"
+        assert client.ask("/echo", **ann).status == 405
+        figures = client.ask("/metrics", **ann).body.decode()
+        assert 'iocp_ctypes_http_requests_total{method="GET",status="401"} 1\n' in figures
+        assert client.ask("/../README.md", **ann).status == 404
+
+
+def test_sse_clock() -> None:
+    with example("sse_clock", "--every", "0.05") as program:
+        address = program.listening()
+        pages = [http.client.HTTPConnection(*address, timeout=PATIENCE) for _ in range(3)]
+        heard = []
+        for page in pages:
+            page.request("GET", "/events")
+            events = page.getresponse()
+            assert events.getheader("Content-Type") == "text/event-stream"
+            lines = [events.readline() for _ in range(2 + 2 * 4)]
+            assert lines[:2] == [b"retry: 2000\n", b"\n"]
+            heard.append(lines[2:])
+        for lines in heard:
+            for number in (0, 4):
+                assert lines[number] == b"event: tick\n"
+                assert lines[number + 1].startswith(b"id: ")
+                assert time.strptime(lines[number + 2].decode(), "data: %H:%M:%S\n")
+                assert lines[number + 3] == b"\n"
+        for page in pages:
+            page.close()
+        with Client(address) as client:
+            assert b"EventSource" in client.ask("/").body
+
+
+def test_https_hello() -> None:
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    with example("https_hello") as program:
+        host, port = program.listening()
+        client = http.client.HTTPSConnection(host, port, timeout=PATIENCE, context=context)
+        for _ in range(3):
+            client.request("GET", "/")
+            assert client.getresponse().read() == b"hello 127.0.0.1, this is TLSv1.3\n"
+        client.close()

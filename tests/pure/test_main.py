@@ -51,6 +51,9 @@ def ends(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[object, s
         (["demo", "--clients", str(CLIENTS_MAX + 1)], f"from 1 to {CLIENTS_MAX}"),
         (["demo", "--messages", "no"], "'no': must be a whole number"),
         (["demo", "--port", "1"], "--port"),
+        (["http", "one", "two"], "two"),
+        (["http", "--port", "x"], "--port: 'x'"),
+        (["http", "--backlog", "0"], "backlog=0"),
     ],
 )
 def test_bad_arguments_are_told_in_one_line(
@@ -65,7 +68,9 @@ def test_bad_arguments_are_told_in_one_line(
     assert err.endswith("\n")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["echo", "--help"], ["demo", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["echo", "--help"], ["http", "--help"], ["demo", "--help"]]
+)
 def test_help(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     code, out, err = ends(capsys, *arguments)
     assert code == 0
@@ -73,8 +78,9 @@ def test_help(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     assert err == ""
 
 
-def test_help_of_echo_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
-    _code, out, _err = ends(capsys, "echo", "--help")
+@pytest.mark.parametrize("command", ["echo", "http"])
+def test_help_explains_every_option(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    _code, out, _err = ends(capsys, command, "--help")
     text = " ".join(out.split())
     for name in SERVING:
         assert f"--{name.replace('_', '-')} VALUE {OPTIONS[name].meaning}" in text
@@ -82,7 +88,7 @@ def test_help_of_echo_explains_every_option(capsys: pytest.CaptureFixture[str]) 
 
 if sys.platform != "win32":  # what there is to see elsewhere
 
-    @pytest.mark.parametrize("command", ["demo", "echo"])
+    @pytest.mark.parametrize("command", ["demo", "echo", "http"])
     def test_off_windows_it_says_so(command: str) -> None:
         done = subprocess.run(
             [sys.executable, "-m", "iocp_ctypes", command], cwd=ROOT, capture_output=True, encoding="utf-8"
