@@ -97,12 +97,13 @@ class TLSChannel(BurstChannel):
                 codec = make_codec("tls", self._settings.tls, True)
             except (OSError, ValueError) as exc:
                 error = str(exc)
-        with self._lock:
-            if codec is None:  # it was checked when the server was made: something has changed it since
-                text = f"the context of tls= cannot be used: {error}"
+        if codec is None:  # it was checked when the server was made: something has changed it since
+            text = f"the context of tls= cannot be used: {error}"
+            log.error("connection %d from %s: %s", self.id, format_address(self._peer_address), text)
+            with self._lock:
                 self._fail(CloseReason.TLS, OSError(errno.EINVAL, text), reset=True)
-                log.error("connection %d from %s: %s", self.id, format_address(self._peer_address), text)
-                return
+            return
+        with self._lock:
             self._use(codec)
             self._arm()
         self.bytes_received += len(first)
