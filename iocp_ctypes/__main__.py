@@ -60,22 +60,29 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m iocp_ctypes", description="TCP servers on a completion port.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    echo = commands.add_parser("echo", help="serve: send back what comes")
-    echo.add_argument(
-        "--host", default="127.0.0.1", help="where to listen; '' is every interface (%(default)s)"
+    _add_serving(commands.add_parser("echo", help="serve: send back what comes"))
+    _add_serving(
+        commands.add_parser("websocket", help="serve: send back messages over WebSocket, for conformance suites")
     )
-    echo.add_argument(
-        "--port", type=_whole(0, 65535), default=9000, help="0 is any that is free (%(default)s)"
-    )
-    for name in SERVING:
-        meaning = OPTIONS[name].meaning
-        echo.add_argument(f"--{name.replace('_', '-')}", type=_option(name), metavar="VALUE", help=meaning)
-    echo.add_argument("--stats", action="store_true", help="print the server's figures at the end")
 
     demo = commands.add_parser("demo", help="serve clients of this very process, and say what happened")
     demo.add_argument("--clients", type=_whole(1, CLIENTS_MAX), default=1000, help="(%(default)s)")
     demo.add_argument("--messages", type=_whole(1, MESSAGES_MAX), default=5, help="of each (%(default)s)")
     return parser
+
+
+def _add_serving(command: argparse.ArgumentParser) -> None:
+    """Add the arguments that every command that serves takes."""
+    command.add_argument(
+        "--host", default="127.0.0.1", help="where to listen; '' is every interface (%(default)s)"
+    )
+    command.add_argument(
+        "--port", type=_whole(0, 65535), default=9000, help="0 is any that is free (%(default)s)"
+    )
+    for name in SERVING:
+        meaning = OPTIONS[name].meaning
+        command.add_argument(f"--{name.replace('_', '-')}", type=_option(name), metavar="VALUE", help=meaning)
+    command.add_argument("--stats", action="store_true", help="print the server's figures at the end")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -91,7 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.command == "demo":
             return _commands.demo(given.clients, given.messages)
         options = {name: value for name in SERVING if (value := getattr(given, name)) is not None}
-        return _commands.echo((given.host, given.port), given.stats, options)
+        serve = {"echo": _commands.echo, "websocket": _commands.websocket}[given.command]
+        return serve((given.host, given.port), given.stats, options)
     except KeyboardInterrupt:
         return 0
     except (ImportError, OSError) as exc:

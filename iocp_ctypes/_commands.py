@@ -47,13 +47,26 @@ class Echo(Connection):
 
 def echo(address: Address, stats: bool, options: Mapping[str, Any]) -> int:
     """Serve the echo until Ctrl-C, with options of Server; returns the exit code."""
-    with Server(address, Echo, **options) as server:
+    return _serve(Server(address, Echo, **options), stats)
+
+
+def _serve(server: Server, stats: bool) -> int:
+    """Say where a server listens, and serve until Ctrl-C."""
+    with server:
         for bound in server.addresses:
             print(f"listening on {format_address(bound)}", flush=True)
         server.serve_forever()
     if stats:
         _print_figures(server.stats())
     return 0
+
+
+def websocket(address: Address, stats: bool, options: Mapping[str, Any]) -> int:
+    """Serve an echo over WebSocket until Ctrl-C, with options of Server; returns the exit code."""
+    from .websocket import WebSocketServer
+    from .websocket._echo import UNSENT_MAX, EchoSocket
+
+    return _serve(WebSocketServer(address, EchoSocket, **{"write_buffer_max": UNSENT_MAX, **options}), stats)
 
 
 def _print_figures(figures: Any, prefix: str = "") -> None:

@@ -32,6 +32,7 @@ TABLE: dict[str, int] = {
     "_addresses": P,
     "_options": P,
     "_stats": P,
+    "_topics": P,
     "_datagramoptions": P,
     "_trace": P,
     "tls": P,
