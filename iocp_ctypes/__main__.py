@@ -61,9 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     _add_serving(commands.add_parser("echo", help="serve: send back what comes"))
-    _add_serving(
-        commands.add_parser("websocket", help="serve: send back messages over WebSocket, for conformance suites")
-    )
+    _add_serving(commands.add_parser("websocket", help="serve: send back messages over WebSocket"))
 
     demo = commands.add_parser("demo", help="serve clients of this very process, and say what happened")
     demo.add_argument("--clients", type=_whole(1, CLIENTS_MAX), default=1000, help="(%(default)s)")

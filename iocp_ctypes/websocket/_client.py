@@ -9,6 +9,7 @@ Laws
 from __future__ import annotations
 
 import ssl
+import urllib.parse
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -164,6 +165,8 @@ def _check_url(url: Any) -> WebSocketURI:
     if not isinstance(url, str):
         raise TypeError(f"url={url!r}: must be a str like 'ws://host:port/path', or (host, port)")
     try:
+        if urllib.parse.urlsplit(url).port == 0:  # the library would take it for none at all
+            raise ValueError("port 0 is nobody's")
         return parse_uri(url)
     except (InvalidURI, ValueError) as exc:
         raise ValueError(f"url={url!r}: must be like 'ws://host:port/path' or 'wss://...': {exc}") from None

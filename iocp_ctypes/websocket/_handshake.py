@@ -132,6 +132,10 @@ def shake(websocket: Any, head: bytes) -> tuple[Any, bytes]:
     response = core.accept(request)
     if response.status_code == SWITCHING:
         response = _decide(websocket, core, request, response)
+    elif response.status_code == http.HTTPStatus.UPGRADE_REQUIRED and websocket.page is not None:
+        response = core.reject(http.HTTPStatus.OK, websocket.page)
+        del response.headers["Content-Type"]
+        response.headers["Content-Type"] = "text/html; charset=utf-8"
     core.send_response(response)
     return core if response.status_code == SWITCHING else None, b"".join(core.data_to_send())
 

@@ -78,6 +78,7 @@ class Options:
         subprotocols: those spoken, the best first; the first that the peer knows as well is chosen.
         origins: pages that may connect: values of the Origin header, and None for clients without one; None
             in place of the list: all. Browsers send it; it keeps other sites' pages out.
+        page: HTML that a browser gets which opens the address itself; None: it is told that this is no page.
         compression: how messages are compressed; None: they are not.
         message_max: bytes of a message, inflated and of all its fragments; longer: closed with 1009.
         fragments_max: fragments of a message; more: closed with 1009.
@@ -96,6 +97,7 @@ class Options:
 
     subprotocols: Sequence[str] = ()
     origins: Sequence[str | None] | None = None
+    page: str | None = None
     compression: Deflate | None = None
     message_max: int = 1 * MIB
     fragments_max: int = 4096
@@ -160,9 +162,15 @@ def _compression(name: str, value: Any) -> None:
         raise TypeError(f"{name}={value!r}: must be a Deflate or None")
 
 
+def _page(name: str, value: Any) -> None:
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"{name}={value!r}: must be a str of HTML, or None")
+
+
 CHECKS: Final[dict[str, Callable[[str, Any], object]]] = {
     "subprotocols": _subprotocols,
     "origins": _origins,
+    "page": _page,
     "compression": _compression,
     "message_max": _count(1, MESSAGE_LIMIT),
     "fragments_max": _count(1, FRAGMENTS_LIMIT),

@@ -43,6 +43,8 @@ def ends(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[object, s
         (["echo", "--recv-mode", "7"], "recv_mode=7: must be one of"),
         (["echo", "--tls-cert", "x.pem"], "--tls-cert"),
         (["echo", "--stat"], "--stat"),
+        (["websocket", "--backlog", "0"], "backlog=0: must be a whole number from 1 to 10000"),
+        (["websocket", "--message-max", "5"], "--message-max"),
         (["demo", "--clients", "0"], f"'0': must be a whole number from 1 to {CLIENTS_MAX}"),
         (["demo", "--clients", str(CLIENTS_MAX + 1)], f"from 1 to {CLIENTS_MAX}"),
         (["demo", "--messages", "no"], "'no': must be a whole number"),
@@ -61,7 +63,9 @@ def test_bad_arguments_are_told_in_one_line(
     assert err.endswith("\n")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["echo", "--help"], ["demo", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["echo", "--help"], ["websocket", "--help"], ["demo", "--help"]]
+)
 def test_help(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     code, out, err = ends(capsys, *arguments)
     assert code == 0
@@ -78,7 +82,7 @@ def test_help_of_echo_explains_every_option(capsys: pytest.CaptureFixture[str]) 
 
 if sys.platform != "win32":  # what there is to see elsewhere
 
-    @pytest.mark.parametrize("command", ["demo", "echo"])
+    @pytest.mark.parametrize("command", ["demo", "echo", "websocket"])
     def test_off_windows_it_says_so(command: str) -> None:
         done = subprocess.run(
             [sys.executable, "-m", "iocp_ctypes", command], cwd=ROOT, capture_output=True, encoding="utf-8"
