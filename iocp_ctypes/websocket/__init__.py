@@ -21,12 +21,12 @@ Laws of the package
 
 from __future__ import annotations
 
-try:
-    import websockets.protocol  # noqa: F401
-except ImportError as exc:
+import importlib.util
+
+if importlib.util.find_spec("websockets") is None:
     raise ImportError(
         "iocp_ctypes.websocket needs the library websockets: pip install iocp-ctypes[websocket]"
-    ) from exc
+    )
 
 from ._client import connect_websocket
 from ._handshake import Handshake

@@ -14,14 +14,9 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING, Any, Final
 
 from websockets.client import ClientProtocol
-from websockets.frames import Opcode
+from websockets.frames import Opcode, apply_mask  # type: ignore[attr-defined]  # fast where that is there
 from websockets.server import ServerProtocol
 from websockets.streams import StreamReader
-
-try:
-    from websockets.speedups import apply_mask
-except ImportError:  # it has its optional speed-up or not
-    from websockets.utils import apply_mask
 
 if TYPE_CHECKING:
     _Adapter = logging.LoggerAdapter[logging.Logger]

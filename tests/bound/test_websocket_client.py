@@ -12,6 +12,7 @@ import pytest
 from support import LOOPBACK, PATIENCE, wait_until
 from websockets.sync.client import connect as library_connect
 from websockets.sync.server import ServerConnection, serve
+from websockets.typing import Subprotocol
 from wspeer import KEY, Noted, first, noted, websockets
 
 from iocp_ctypes import ConnectionClosedError
@@ -280,7 +281,7 @@ def test_against_the_client_of_the_library() -> None:
     kind = noted(compression=Deflate(threshold=10), subprotocols=("chat",))
     with (
         websockets(kind) as server,
-        library_connect(url_of(server), subprotocols=["chat"], compression="deflate") as connection,  # type: ignore[list-item]
+        library_connect(url_of(server), subprotocols=[Subprotocol("chat")]) as connection,
     ):
         assert connection.subprotocol == "chat"
         for message in ("text", b"bytes", "again and again " * 1000):
