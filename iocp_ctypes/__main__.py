@@ -17,7 +17,7 @@ from ._options import OPTIONS, check_option
 SERVING: Final = ("io_threads", "work_threads", "backlog", "sendcap", "recvburst", "recv_mode")
 
 #: The commands that serve over TLS where they are given a certificate.
-TLS_COMMANDS: Final = ("echo", "http")
+TLS_COMMANDS: Final = ("echo", "http", "websocket")
 
 #: More clients than this, and what is shown is how this process runs out of sockets.
 CLIENTS_MAX: Final = 5000
@@ -87,6 +87,9 @@ def _parser() -> _Parser:
     _add_serving(http, 8000)
     http.add_argument("--log", action="store_true", help="print a line for each request")
 
+    websocket = commands.add_parser("websocket", help="serve: send back messages over WebSocket")
+    _add_serving(websocket, 9000)
+
     demo = commands.add_parser("demo", help="serve clients of this very process, and say what happened")
     demo.add_argument("--clients", type=_whole(1, CLIENTS_MAX), default=1000, help="(%(default)s)")
     demo.add_argument("--messages", type=_whole(1, MESSAGES_MAX), default=5, help="of each (%(default)s)")
@@ -133,7 +136,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         place = (given.host, given.port)
         if given.command == "http":
             return _commands.http(given.directory, place, given.log, given.stats, options, given.trace)
-        return _commands.echo(place, given.stats, options, given.trace)
+        serve = {"echo": _commands.echo, "websocket": _commands.websocket}[given.command]
+        return serve(place, given.stats, options, given.trace)
     except KeyboardInterrupt:
         return 0
     except (ImportError, OSError) as exc:

@@ -81,6 +81,15 @@ def http(
     return _serve(Server(address, Files, **_traced(options, trace)), stats, trace)
 
 
+def websocket(address: Address, stats: bool, options: Mapping[str, Any], trace: str | None = None) -> int:
+    """Serve an echo over WebSocket until Ctrl-C; arguments as `echo`. ImportError without websockets."""
+    from .websocket import WebSocketServer
+    from .websocket._echo import UNSENT_MAX, EchoSocket
+
+    options = {"write_buffer_max": UNSENT_MAX, **_traced(options, trace)}
+    return _serve(WebSocketServer(address, EchoSocket, **options), stats, trace)
+
+
 def _print_line(line: str) -> None:
     print(line, flush=True)
 

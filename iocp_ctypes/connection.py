@@ -79,6 +79,13 @@ class Connection(TLSChannel):
         """
         return None
 
+    def on_shutdown(self) -> None:
+        """The server stops; close, or say goodbye first.
+
+        What is left at the deadline of `Server.stop` is reset.
+        """
+        self.close()
+
     def on_close(self, exc: OSError | None) -> None:
         """The last callback, once for each on_connect; `exc` is None where the end was clean."""
 
@@ -161,8 +168,18 @@ class Connection(TLSChannel):
         self._end_by(self._fail, reason, None, True)
 
     def _shutdown(self) -> None:
-        """The server stops: close gracefully, and say why."""
-        self._end_by(self._close, CloseReason.SHUTDOWN)
+        """The server stops: close gracefully, in the way of on_shutdown, and say why."""
+        asks = type(self).on_shutdown is not Connection.on_shutdown
+        self._end_by(self._ask if asks else self._close, CloseReason.SHUTDOWN)
+
+    def _ask(self, reason: CloseReason) -> None:
+        """Have on_shutdown close, for this reason. Needs the lock."""
+        assert self._lock._is_owned()
+        if self._state == life.OPEN:
+            self._reason = reason
+            self._strand.post(self._call, self.on_shutdown)
+        else:
+            self._close(reason)
 
     def wait_closed(self, timeout: float | None = None) -> bool:
         """Wait until on_close has returned.
@@ -285,7 +302,7 @@ class Connection(TLSChannel):
     @property
     def close_reason(self) -> CloseReason | None:
         """Why this connection ends or ended; None while it is open. The first reason wins."""
-        return self._reason
+        return self._reason if self._state > life.OPEN else None
 
     @property
     def write_buffer_size(self) -> int:

@@ -55,7 +55,7 @@ def test_the_example_is_short() -> None:
 def test_commands_exist(command: str) -> None:
     program, *words = shlex.split(command.replace("\\", "/"))
     if (program, words[0]) == ("pip", "install"):
-        assert words[1:] in (["."], [".[http]"])
+        assert words in (["install", place] for place in (".", ".[http]", ".[websocket]"))
         return
     if words[0] == "tests/windows.py":
         words = words[1:]
@@ -98,9 +98,11 @@ def test_guarantees_are_shown_by_tests_that_exist() -> None:
 
 def test_the_map_has_every_file_in_its_layer() -> None:
     mapped = {name: layer for files, layer, _owns in rows(section("The map")) for name in in_code(files)}
-    assert set(mapped) == {path.name for path in PACKAGE.glob("*.py")}
+    packages = {f"{path.parent.name}/" for path in PACKAGE.glob("*/__init__.py")}
+    assert set(mapped) == {path.name for path in PACKAGE.glob("*.py")} | packages
     for name, layer in mapped.items():
-        docstring = ast.get_docstring(ast.parse((PACKAGE / name).read_text(encoding="utf-8"))) or ""
+        file = PACKAGE / name / "__init__.py" if name.endswith("/") else PACKAGE / name
+        docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
         expected = {"pure": "(layer P: pure", "front": ""}.get(layer, f"L{layer}: ")
         assert expected in docstring.split("\n\n")[0].replace("\n", " "), name
 
@@ -169,13 +171,13 @@ def test_the_limits_of_the_design_exist_and_none_is_missing() -> None:
     limit = re.compile(
         r"^([A-Z]\w*(?:_MAX|_MIN|_TIMEOUT|_FIRST|_PATIENCE\w*|_CHECK\w*|_GAP)): Final = ", re.M
     )
-    ours = [path for path in PACKAGE.glob("*.py") if path.name != "_win32.py"]  # its constants are Windows'
+    ours = [path for path in PACKAGE.rglob("*.py") if path.name != "_win32.py"]  # its constants are Windows'
     there = {name for path in ours for name in limit.findall(path.read_text(encoding="utf-8"))}
     assert there <= set(told)
 
 
 def test_locks_and_functions_of_the_design_exist() -> None:
-    sources = "".join(path.read_text(encoding="utf-8") for path in PACKAGE.glob("*.py"))
+    sources = "".join(path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py"))
     for name in in_code(DESIGN):
         if match := re.fullmatch(r"[A-Z]\w+\.(\w+)(\(\w*\))?", name):
             assert re.search(rf"\b{match[1]}\b", sources), name

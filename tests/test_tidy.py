@@ -33,6 +33,7 @@ TABLE: dict[str, int] = {
     "_addresses": P,
     "_options": P,
     "_stats": P,
+    "_topics": P,
     "_datagramoptions": P,
     "_httplimits": P,
     "_httpmessage": P,

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 from perfetto import read_trace
 from program import Program, running
-from support import LOOPBACK, raw, reachable, wait_until
+from support import LOOPBACK, PATIENCE, raw, reachable, wait_until
 from web import Client
+from websockets.sync.client import connect
 
 from iocp_ctypes import Server, _commands, _win32
 from iocp_ctypes.__main__ import main
@@ -252,6 +253,32 @@ def test_http_without_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
         main(["http", "no-such-folder", "--port", "0"])
     assert caught.value.code == 1
     assert capsys.readouterr().err == "python -m iocp_ctypes: error: no such folder: no-such-folder\n"
+
+def test_websocket_in_a_process_of_its_own() -> None:
+    with running("-m", "iocp_ctypes", "websocket", "--port", "0", "--io-threads", "2") as program:
+        host, port = program.listening()
+        with connect(f"ws://{host}:{port}/", max_size=None) as client:
+            assert client.protocol.extensions, "it compresses where the client can"
+            for message in ("text", b"bytes", "x" * (16 << 20)):
+                client.send(message)
+                assert client.recv() == message
+            client.send(["x"] * 65536)
+            assert client.recv() == "x" * 65536
+
+
+def test_websocket_serves_until_ctrl_c(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    serve, serving = Server.serve_forever, threading.Event()
+    monkeypatch.setattr(Server, "serve_forever", lambda self: (serving.set(), serve(self)))
+    thread = threading.Thread(target=lambda: serving.wait(PATIENCE) and _thread.interrupt_main())
+    thread.start()
+    assert main(["websocket", "--port", "0", "--stats"]) == 0
+    thread.join()
+    out, err = capsys.readouterr()
+    assert out.startswith("listening on 127.0.0.1:")
+    assert "accepted: 0" in out
+    assert err == ""
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "203.0.113.1", "no-such-host.invalid"])

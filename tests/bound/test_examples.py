@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import json
 import socket
 import ssl
 import tempfile
@@ -16,6 +17,7 @@ from program import ROOT, Program, running
 from support import PATIENCE, Echo, ended, raw, read_all, read_exactly, serving
 from support import made as made_connections
 from web import Client
+from websockets.sync.client import connect
 
 from iocp_ctypes import open_stream
 from iocp_ctypes.certificate import throwaway_certificate
@@ -292,3 +294,24 @@ def test_https_hello() -> None:
             client.request("GET", "/")
             assert client.getresponse().read() == b"hello 127.0.0.1, this is TLSv1.3\n"
         client.close()
+
+def test_websocket_chat() -> None:
+    with example("websocket_chat") as program:
+        address = program.listening()
+        with raw(address) as browser:
+            browser.sendall(b"GET / HTTP/1.1\r\nHost: chat\r\n\r\n")
+            head, _, page = read_all(browser).partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 200 OK\r\n")
+            assert b"Content-Type: text/html; charset=utf-8" in head
+            assert f"Content-Length: {len(page)}".encode() in head
+            assert b"new WebSocket(`ws://${location.host}/chat`)" in page
+        url = f"ws://127.0.0.1:{address[1]}/chat"
+        with connect(url) as ann, connect(url) as bob:
+            told = [json.loads(ann.recv(PATIENCE)) for _ in range(2)]
+            assert [message["text"] for message in told] == ["is here", "is here"]
+            assert json.loads(bob.recv(PATIENCE))["text"] == "is here"
+            ann.send("grüß Gott")
+            for guest in (ann, bob):
+                assert json.loads(guest.recv(PATIENCE)) == {"who": told[0]["who"], "text": "grüß Gott"}
+            ann.close()
+            assert json.loads(bob.recv(PATIENCE)) == {"who": told[0]["who"], "text": "has left (1000)"}

@@ -49,6 +49,7 @@ PURE_MODULES = (
     "_options",
     "_stats",
     "_strand",
+    "_topics",
     "_trace",
     "certificate",
     "tls",
@@ -66,6 +67,7 @@ BOUND_MODULES = (
     "server",
     "stream",
     "stream_server",
+    "websocket",
 )
 ON_WINDOWS = sys.platform == "win32"
 NEEDS_WINDOWS = r"^iocp_ctypes needs Windows for \w+: \w+ has no completion ports$"

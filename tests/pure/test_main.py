@@ -47,6 +47,8 @@ def ends(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[object, s
         (["echo", "--tls-cert", __file__, "--tls-key", "no-such.pem"], "no-such.pem: No such file"),
         (["echo", "--tls-cert", __file__], "test_main.py: not a certificate and its key in PEM form: "),
         (["echo", "--stat"], "--stat"),
+        (["websocket", "--backlog", "0"], "backlog=0: must be a whole number from 1 to 10000"),
+        (["websocket", "--message-max", "5"], "--message-max"),
         (["demo", "--clients", "0"], f"'0': must be a whole number from 1 to {CLIENTS_MAX}"),
         (["demo", "--clients", str(CLIENTS_MAX + 1)], f"from 1 to {CLIENTS_MAX}"),
         (["demo", "--messages", "no"], "'no': must be a whole number"),
@@ -69,7 +71,8 @@ def test_bad_arguments_are_told_in_one_line(
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["echo", "--help"], ["http", "--help"], ["demo", "--help"]]
+    "arguments",
+    [["--help"], ["echo", "--help"], ["http", "--help"], ["websocket", "--help"], ["demo", "--help"]],
 )
 def test_help(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     code, out, err = ends(capsys, *arguments)
@@ -88,7 +91,7 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture[str], command:
 
 if sys.platform != "win32":  # what there is to see elsewhere
 
-    @pytest.mark.parametrize("command", ["demo", "echo", "http"])
+    @pytest.mark.parametrize("command", ["demo", "echo", "http", "websocket"])
     def test_off_windows_it_says_so(command: str) -> None:
         done = subprocess.run(
             [sys.executable, "-m", "iocp_ctypes", command], cwd=ROOT, capture_output=True, encoding="utf-8"

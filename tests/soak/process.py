@@ -33,8 +33,12 @@ class Lost(Exception):
 class ServerProcess:
     """A context manager: starts the server and ends it. Not thread-safe."""
 
-    def __init__(self, python: str | None, **options: Any) -> None:
-        """Prepare a server with these options of `Server`; `python` is a tag as of tests/windows.py."""
+    def __init__(self, python: str | None, program: str = "soak.served", **options: Any) -> None:
+        """Prepare a server with these options of `Server`; `python` is a tag as of tests/windows.py.
+
+        `program` is the module that serves.
+        """
+        self._program = program
         self._target = importlib.import_module("windows").prepare(python)
         self._options = options
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
@@ -43,7 +47,7 @@ class ServerProcess:
 
     def __enter__(self) -> ServerProcess:
         self._process = self._target.popen(
-            ["-m", "soak.served", json.dumps(self._options)],
+            ["-m", self._program, json.dumps(self._options)],
             cwd=str(TESTS),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -65,10 +69,14 @@ class ServerProcess:
     def pid(self) -> int:
         return int(self._process.pid)
 
+    def ask(self, command: str) -> dict[str, Any]:
+        """Give a command and return what is answered."""
+        self._tell(command)
+        return self._answer()
+
     def figures(self) -> Figures:
         """Ask for the figures of this instant."""
-        self._tell("figures")
-        return Figures(**self._answer())
+        return Figures(**self.ask("figures"))
 
     def settled(self, condition: Callable[[Figures], bool], seconds: float) -> Figures:
         """Ask until the condition holds or the time is over; returns the last figures either way."""
@@ -79,8 +87,11 @@ class ServerProcess:
 
     def stop(self) -> Figures:
         """Stop the server; returns what is left over. The program ends by itself then."""
-        self._tell("stop")
-        left = Figures(**self._answer())
+        return Figures(**self.stop_asked())
+
+    def stop_asked(self) -> dict[str, Any]:
+        """Stop the server; returns what it answers."""
+        left = self.ask("stop")
         if (code := self._process.wait(ANSWER_MAX_S)) != 0:
             raise Lost(f"the server's program ended with exit code {code}")
         return left
