@@ -175,7 +175,7 @@ class Connection(TLSChannel):
     def _ask(self, reason: CloseReason) -> None:
         """Have on_shutdown close, for this reason. Needs the lock."""
         assert self._lock._is_owned()
-        if self._state == life.OPEN:
+        if self._state == life.OPEN and self._opened:  # not amid a TLS handshake: it may never end
             self._reason = reason
             self._strand.post(self._call, self.on_shutdown)
         else:

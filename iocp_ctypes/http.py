@@ -491,9 +491,3 @@ class HTTPConnection(Answers):
                     self._ending = True
                     return
         self.close()
-
-    def _shutdown(self) -> None:
-        try:
-            self.call_soon(self.on_shutdown)
-        except ConnectionClosedError:
-            pass
