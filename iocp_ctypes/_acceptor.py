@@ -184,6 +184,7 @@ class Acceptor:
 
     def _recover_later(self, short: Recovery) -> None:
         """Have the next step towards the cap that was assigned. Needs the lock."""
+        assert self._lock.locked()
         short.begin(0.0)
         self._watchdog.later(short.delay, self._recover)
 

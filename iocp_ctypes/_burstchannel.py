@@ -84,6 +84,7 @@ class BurstChannel(Channel):
 
     def _burst_ended(self, burst: Burst, reading: int) -> None:
         """Hand the receiving back, or wait for the last packet. Needs the lock."""
+        assert self._lock._is_owned()
         if burst.posted:
             self._reading = POSTED
         else:
@@ -123,6 +124,7 @@ class BurstChannel(Channel):
 
     def _burst_quiet(self, now: float) -> None:
         """Cancel all posted receives but one where nothing came for QUIET seconds. Needs the lock."""
+        assert self._lock._is_owned()
         burst = self._burst
         if burst is None or len(burst.posted) < 2 or self._state >= life.JOINING:
             return
@@ -198,6 +200,7 @@ class BurstChannel(Channel):
 
     def _burst_counted(self, burst: Burst, length: int, size: int) -> None:
         """Count bytes that came, and choose the size of the next receive by them. Needs the lock."""
+        assert self._lock._is_owned()
         self.bytes_received += length
         self.last_activity = burst.came = monotonic()
         if length == size:

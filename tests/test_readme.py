@@ -120,7 +120,8 @@ def test_the_options_are_those_that_exist() -> None:
         for option, default, meaning in rows(section("Options of `Server`"))
     }
     assert list(table) == list(OPTIONS)
-    server = (PACKAGE / "server.py").read_text(encoding="utf-8")
+    files = [PACKAGE / "server.py", PACKAGE / "_tunables.py"]
+    server = "".join(file.read_text(encoding="utf-8") for file in files)
     live = set(re.findall(r'Live\[.*?\]\("(\w+)"\)', server)) | set(re.findall(r"@(\w+)\.setter", server))
     for name, (default, meaning) in table.items():
         assert spelled(getattr(Settings(), name), default.strip("`")) == getattr(Settings(), name), name
