@@ -145,6 +145,7 @@ class Acceptor:
 
     def _retry_later(self, code: int) -> None:
         """Try again after a back-off, with a lower cap where resources are missing. Needs the lock."""
+        assert self._lock.locked()
         if code in RESOURCE_CODES and (self._cap > 1 or self._short is not None):
             if self._short is None:
                 self._short = Recovery()
@@ -165,6 +166,7 @@ class Acceptor:
 
     def _recover_later(self, short: Recovery) -> None:
         """Have the next step towards the cap that was assigned. Needs the lock."""
+        assert self._lock.locked()
         short.begin(0.0)
         self._watchdog.later(short.delay, self._recover)
 

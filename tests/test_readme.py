@@ -85,7 +85,7 @@ def test_what_is_named_exists() -> None:
 
 def test_guarantees_are_shown_by_tests_that_exist() -> None:
     guarantees = re.split(r"^\d\. ", section("Guarantees"), flags=re.M)[1:]
-    assert len(guarantees) == 5
+    assert len(guarantees) == 6
     for guarantee in guarantees:
         tests = [code for code in in_code(guarantee) if "::" in code]
         assert tests, guarantee
@@ -117,7 +117,7 @@ def test_the_options_are_those_that_exist() -> None:
         for option, default, meaning in rows(section("Options of `Server`"))
     }
     assert list(table) == list(OPTIONS)
-    server = (PACKAGE / "server.py").read_text(encoding="utf-8")
+    server = (PACKAGE / "_tunables.py").read_text(encoding="utf-8")
     live = set(re.findall(r'Live\[.*?\]\("(\w+)"\)', server)) | set(re.findall(r"@(\w+)\.setter", server))
     for name, (default, meaning) in table.items():
         assert spelled(getattr(Settings(), name), default.strip("`")) == getattr(Settings(), name), name
