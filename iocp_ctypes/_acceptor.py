@@ -164,6 +164,7 @@ class Acceptor:
 
     def _retry_later(self, code: int) -> None:
         """Try again after a back-off, with a lower cap where resources are missing. Needs the lock."""
+        assert self._lock.locked()
         if code in RESOURCE_CODES and (self._cap > 1 or self._short is not None):
             if self._short is None:
                 self._short = Recovery()

@@ -93,12 +93,13 @@ class BurstChannel(Channel):
 
     def _burst_post(self, burst: Burst) -> None:
         """Post what is wanted and fits. Needs the lock."""
-        if self._paused or self._burst_is_over(burst):
-            return
         settings = self._settings
+        missing = burst.missing(settings.recvburst)
+        if not missing or self._paused or self._burst_is_over(burst):
+            return
         proactor = self._home.engine.proactor
         # As many as are missing now: what is done at once is served in its turn, not in this loop.
-        for _ in range(burst.missing(settings.recvburst)):
+        for _ in range(missing):
             size = burst.size
             if not size or not burst.has_room(size, settings.recv_buffer_max):
                 size = min(settings.recv_size, settings.recv_buffer_max)
@@ -236,7 +237,8 @@ class BurstChannel(Channel):
             if self._state == life.OPEN and not self._paused and burst.delivering:
                 what = burst.take()
                 if isinstance(what, bytes):
-                    self._burst_next(burst)
+                    if len(burst.posted) < burst.wanted:
+                        self._burst_next(burst)
                     return what
                 if what is EOF:
                     burst.delivering = False
@@ -247,5 +249,7 @@ class BurstChannel(Channel):
                 if what is not NOTHING:
                     self._receive_failed(what)
             burst.delivering = False
+            if not burst.arrived and len(burst.posted) >= burst.wanted and self._state == life.OPEN:
+                return NOTHING  # nothing to post, to read or to end
             if not self._burst_next(burst):
                 return NOTHING

@@ -87,7 +87,7 @@ class Operation(_win32.TRANSFER):
 
     @property
     def done(self) -> bool:
-        """Whether the kernel has completed it; its packet may still be on its way.
+        """Whether the kernel has completed it, as far as that can be seen before its packet was taken.
 
         Source: learn.microsoft.com/windows/win32/api/winbase/nf-winbase-hasoverlappediocompleted
         """

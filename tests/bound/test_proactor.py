@@ -17,6 +17,7 @@ import pytest
 from support import wait_until
 
 from iocp_ctypes import _proactor, _win32
+from iocp_ctypes._errors import STATUS_PENDING
 from iocp_ctypes._flow import SEND_GATHER_MAX, Piece
 from iocp_ctypes._port import Batch, CompletionPort
 from iocp_ctypes._proactor import (
@@ -76,6 +77,13 @@ def test_a_new_operation_is_blank_and_points_at_its_own_buffer(size: int) -> Non
     raw = _win32.WSABUF.from_buffer(operation, _win32.TRANSFER.len.offset)
     assert raw.len == size
     assert (raw.buf or 0) == (ctypes.addressof(operation.buffer) if size else 0)
+
+
+def test_it_is_done_unless_its_status_says_pending() -> None:
+    operation = Operation(10)
+    for status, done in ((STATUS_PENDING, False), (0, True), (0xC0000120, True), (0x103, False)):
+        operation.Internal = status
+        assert operation.done is done
 
 
 def test_the_ready_made_arguments_are_its_addresses() -> None:

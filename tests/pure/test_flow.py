@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from iocp_ctypes._flow import SEND_GATHER_MAX, SEND_SLICE_MAX, Piece, WriteFlow, cut
+from iocp_ctypes._flow import (
+    SEND_GATHER_MAX,
+    SEND_IN_FLIGHT_MAX,
+    SEND_SLICE_MAX,
+    Piece,
+    WriteFlow,
+    cut,
+)
 
 KIB = 1024
 
@@ -219,6 +226,29 @@ def test_above_begins_beyond_the_high_mark_and_ends_at_the_low_mark() -> None:
     assert flow.relieved(4) is True
     assert flow.relieved(4) is False
     assert flow.mark(10) is True
+
+
+def test_what_may_be_in_flight() -> None:
+    flow = WriteFlow()
+    assert not flow.may_send(4), "nothing is queued"
+    flow.push(bytes(SEND_SLICE_MAX))
+    assert flow.may_send(1)
+    for sends, in_flight, cap, may in (
+        (1, 100, 1, False),
+        (1, 100, 2, True),
+        (3, SEND_IN_FLIGHT_MAX - SEND_SLICE_MAX, 1000, True),
+        (3, SEND_IN_FLIGHT_MAX - SEND_SLICE_MAX + 1, 1000, False),
+    ):
+        flow.sends, flow.in_flight = sends, in_flight
+        assert flow.may_send(cap) is may, (sends, in_flight, cap)
+    flow.sends = flow.in_flight = 0
+    flow.alone = object()
+    assert not flow.may_send(4)
+
+
+def test_no_more_may_be_in_flight_than_may_be_unsent() -> None:
+    assert WriteFlow().most == WriteFlow(1 << 40).most == SEND_IN_FLIGHT_MAX
+    assert WriteFlow(1000).most == 1000
 
 
 def test_clear_forgets_the_queue_but_not_what_the_kernel_has() -> None:
