@@ -183,7 +183,13 @@ class Outgoing(Options):
             return self._send_compressed(opcode, data)
         frame = Frame(opcode, data).serialize(mask=self._mask)
         with self._lock:
-            return self._put(frame)
+            if self._full or self._batch is not None or self._state != OPEN or self._stream_kind is not None:
+                return self._put(frame)
+            # The hot path: nothing waits, so it goes straight to the connection.
+            if self.connection.send(frame):
+                return True
+            self._note_full()
+            return False
 
     def _send_compressed(self, opcode: Opcode, data: bytes, droppable: bool = False) -> bool:
         deflate = self._deflate
