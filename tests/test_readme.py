@@ -86,7 +86,7 @@ def test_what_is_named_exists() -> None:
 
 def test_guarantees_are_shown_by_tests_that_exist() -> None:
     guarantees = re.split(r"^\d\. ", section("Guarantees"), flags=re.M)[1:]
-    assert len(guarantees) == 6
+    assert len(guarantees) == 5
     for guarantee in guarantees:
         tests = [code for code in in_code(guarantee) if "::" in code]
         assert tests, guarantee
