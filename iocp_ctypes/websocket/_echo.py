@@ -24,6 +24,7 @@ class EchoSocket(WebSocket):
     message_max = 32 * MIB
     fragments_max = 100_000
     queue_max = 64 * MIB
+    collect_sends = True
 
     def on_message(self, message: Any) -> None:
         """Echo."""

@@ -12,7 +12,7 @@ import http
 from collections.abc import Iterable
 from typing import Any, Final
 
-from websockets.exceptions import InvalidHandshake
+from websockets.exceptions import InvalidHandshake, NegotiationError
 from websockets.extensions.permessage_deflate import ServerPerMessageDeflateFactory
 from websockets.headers import parse_subprotocol
 
@@ -24,6 +24,8 @@ from ._limits import TOKEN, Deflate
 #: Bytes of the head of a request; the library has limits for its lines as well.
 HEAD_MAX: Final = 64 * KIB
 SWITCHING: Final = 101
+#: Bits of the smallest window that zlib compresses with.
+WINDOW_BITS_MIN: Final = 9
 
 
 class Handshake:
@@ -92,12 +94,26 @@ class Handshake:
 STATUSES: Final = frozenset(int(status) for status in http.HTTPStatus)
 
 
+class _Factory(ServerPerMessageDeflateFactory):
+    """The library's, which before version 17 agreed on a window that zlib does not have."""
+
+    def process_request_params(self, params: Any, accepted_extensions: Any) -> Any:
+        """Negotiate; NegotiationError where the offer cannot be met."""
+        try:
+            answer, extension = super().process_request_params(params, accepted_extensions)
+        except ValueError as exc:
+            raise NegotiationError(str(exc)) from exc
+        if extension.local_max_window_bits < WINDOW_BITS_MIN:
+            raise NegotiationError("server_max_window_bits is less than zlib can do")
+        return answer, extension
+
+
 def server_extensions(deflate: Deflate | None) -> list[Any] | None:
     """Return what the library negotiates extensions with."""
     if deflate is None:
         return None
     return [
-        ServerPerMessageDeflateFactory(
+        _Factory(
             server_no_context_takeover=not deflate.takeover,
             client_no_context_takeover=not deflate.peer_takeover,
             server_max_window_bits=deflate.window_bits,
@@ -142,6 +158,8 @@ def shake(websocket: Any, head: bytes) -> tuple[Any, bytes]:
 
 def _decide(websocket: Any, core: ServerCore, request: Any, response: Any) -> Any:
     """Ask on_handshake; return the answer: the library's or another."""
+    if len(request.headers.get_all("Host")) != 1:  # RFC 9112, section 3.2; the library leaves it to us
+        return core.reject(400, "There must be one Host header.\n")
     try:
         handshake = Handshake(request, websocket.connection.peer_address, websocket.subprotocols)
     except InvalidHandshake as exc:

@@ -11,8 +11,7 @@ Laws
 from __future__ import annotations
 
 import codecs
-from time import monotonic
-from typing import Any, Final
+from typing import Any
 
 from websockets.frames import Frame
 from websockets.protocol import State
@@ -31,10 +30,6 @@ from ._outgoing import (
 )
 
 CORE_OPEN = State.OPEN
-#: Seconds of a callback up to which it counts as fast: what the next ones of the same receive send is
-#: collected then.
-FAST: Final = 0.001
-
 _decoder = codecs.getincrementaldecoder("utf-8")
 
 
@@ -101,19 +96,15 @@ class Incoming(Outgoing):
             self._send_now(answers[0] if len(answers) == 1 else b"".join(answers))
 
     def _take_many(self, events: list[Any]) -> None:
-        """Work off several frames. What the callbacks send is collected as long as they are fast."""
-        before = monotonic()
-        collecting = False
+        """Work off several frames."""
+        collecting = self.collect_sends
+        if collecting:
+            self._collect(True)
         try:
             for frame in events:
                 self._take(frame)
                 if self._deaf:
                     break
-                now = monotonic()
-                if (now - before <= FAST) is not collecting:
-                    collecting = not collecting
-                    self._collect(collecting)
-                before = now
         finally:
             if collecting:
                 self._collect(False)

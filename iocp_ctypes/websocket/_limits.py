@@ -93,6 +93,9 @@ class Options:
         ping_when: "always": a ping every interval; "quiet": only if nothing came in the interval.
         open_timeout: seconds for the opening handshake.
         close_timeout: seconds for the peer's part of the closing handshake.
+        collect_sends: whether what the callbacks of one receive send goes out together, after the last of
+            them: fewer calls for peers that send many messages at once. Only for callbacks that never wait
+            for an answer to what they sent.
     """
 
     subprotocols: Sequence[str] = ()
@@ -109,6 +112,7 @@ class Options:
     ping_when: str = "always"
     open_timeout: float = 10.0
     close_timeout: float = 10.0
+    collect_sends: bool = False
 
     def __init_subclass__(cls, **rest: Any) -> None:
         """Check what the class sets."""
@@ -162,6 +166,11 @@ def _compression(name: str, value: Any) -> None:
         raise TypeError(f"{name}={value!r}: must be a Deflate or None")
 
 
+def _flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r}: must be True or False")
+
+
 def _page(name: str, value: Any) -> None:
     if value is not None and not isinstance(value, str):
         raise TypeError(f"{name}={value!r}: must be a str of HTML, or None")
@@ -182,4 +191,5 @@ CHECKS: Final[dict[str, Callable[[str, Any], object]]] = {
     "ping_when": _choice(*PING_WHEN),
     "open_timeout": _seconds,
     "close_timeout": _seconds,
+    "collect_sends": _flag,
 }

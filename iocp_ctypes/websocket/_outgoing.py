@@ -6,8 +6,8 @@ Laws
 2. The connection is given no data frame while it is above its high mark: those wait here. So a control frame,
    which is handed over at once, goes before them.
 3. What waits has an end: `queue_max`. Only a peer that reads is waited for.
-4. While several messages of one receive are worked off, and fast, the frames they send are collected and
-   go out as one: `_batch`.
+4. With `collect_sends`, while several messages of one receive are worked off, the frames they send are
+   collected and go out as one: `_batch`.
 Lock order: `_lock` of a WebSocket, then the connection's.
 """
 
@@ -264,17 +264,17 @@ class Outgoing(Options):
 
     def _send_shared(self, shared: Shared) -> bool:
         """Send a message of a broadcast; True where it was taken. Any thread; never blocks."""
-        deflate = self._deflate
+        deflate, dropped = self._deflate, self.dropped
         if deflate is None or len(shared.data) < deflate.threshold:
             deflate = None
         elif self._packing is not None:
             self._send_compressed(shared.opcode, shared.data, droppable=True)
-            return True
+            return dropped == self.dropped and self._fate is None
         frame = shared.frame(deflate, self._window_bits)
         with self._lock:
             dropped = self.dropped
             self._put(frame, droppable=True)
-            return dropped == self.dropped
+            return dropped == self.dropped and self._fate is None
 
     # -- control frames -------------------------------------------------------------------------------------
 
@@ -322,6 +322,8 @@ class Outgoing(Options):
         assert self._lock._is_owned()
         if self._state != OPEN and not (self._mask and self._state == CONNECTING):
             self._refuse_unless_open()
+        if self._fate is not None:
+            raise ConnectionClosedError(f"this WebSocket was given up: {self._fate[1]}")
         if self._stream_kind is not None:
             return self._park(frame, droppable)
         batch = self._batch

@@ -55,7 +55,8 @@ class WebSocket(Incoming):
     Callbacks of one WebSocket never overlap and come in order, as those of a Connection, and on its threads.
     Options are class attributes, see `iocp_ctypes.websocket._limits.Options`: `subprotocols`, `origins`,
     `compression`, `message_max`, `fragments_max`, `queue_max`, `slow_reader`, `slow_timeout`,
-    `ping_interval`, `ping_timeout`, `ping_when`, `open_timeout`, `close_timeout`.
+    `ping_interval`, `ping_timeout`, `ping_when`, `open_timeout`, `close_timeout`,
+    `collect_sends`.
 
     A class serves by itself, `WebSocketServer(address, Chat)` or `Server(address, Chat.serve)`, as a route
     of an HTTP server, and as a client, `connect_websocket(url, Chat)`.

@@ -10,11 +10,12 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import Echo, echoes, ended, made, raw, reachable, serving, wait_until
+from support import PATIENCE, Echo, echoes, ended, made, raw, reachable, read_exactly, serving, wait_until
 
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
 
@@ -343,3 +344,80 @@ def test_a_child_does_inherit_what_is_inheritable() -> None:
     finally:
         let_go(child)
     wait_until(lambda: not listening(address))
+
+
+# -- on_shutdown ---------------------------------------------------------------------------------------------
+
+
+class Polite(Echo):
+    """Says goodbye when the server stops, and closes when the peer has answered."""
+
+    reasons: list[Any] = []  # noqa: RUF012
+
+    def on_shutdown(self) -> None:
+        with self.record("shutdown"):
+            self.reasons.append(self.close_reason)
+            self.send(b"bye")
+
+    def got(self, data: bytes) -> None:
+        if data == b"bye":
+            self.close()
+
+
+def test_a_connection_may_say_goodbye_when_the_server_stops() -> None:
+    Polite.reasons.clear()
+    with serving(Polite) as server, raw(server.address) as answers, raw(server.address) as late:
+        connections = made(Polite, 2)
+        stopped: list[bool] = []
+        stopping = threading.Thread(target=lambda: stopped.append(server.stop(1.0)))
+        stopping.start()
+        for client in (answers, late):
+            assert read_exactly(client, 3) == b"bye"
+        answers.sendall(b"bye")
+        assert ended(answers) == "eof"
+        answers.close()
+        stopping.join()
+        assert stopped == [True]
+        assert ended(late) in ("reset", "eof")
+    assert Polite.reasons == [None, None], "it is still open then"
+    for connection in connections:
+        connection.check()
+        assert connection.names.count("shutdown") == 1
+        assert connection.close_reason == "shutdown"
+
+
+def test_on_shutdown_does_not_overlap_and_comes_after_on_connect() -> None:
+    begin, go = threading.Event(), threading.Event()
+
+    class Slow(Polite):
+        def connected(self) -> None:
+            begin.set()
+            assert go.wait(PATIENCE)
+
+    with serving(Slow) as server, raw(server.address) as client:
+        assert begin.wait(PATIENCE)
+        stopping = threading.Thread(target=server.stop)
+        stopping.start()
+        wait_until(lambda: server._stopping)
+        go.set()
+        assert read_exactly(client, 3) == b"bye"
+        client.sendall(b"bye")
+        assert ended(client) == "eof"
+        client.close()
+        stopping.join()
+    (connection,) = Slow.made
+    connection.check()
+    assert connection.names[:2] == ["connect", "shutdown"]
+
+
+def test_on_shutdown_that_raises_ends_its_connection(expects_errors: Any) -> None:
+    class Bad(Echo):
+        def on_shutdown(self) -> None:
+            raise ZeroDivisionError
+
+    with serving(Bad) as server, raw(server.address):
+        made(Bad)
+        assert server.stop(5) is True
+    (connection,) = Bad.made
+    connection.check()
+    assert connection.close_reason == "shutdown"

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from support import LOOPBACK, PATIENCE, ended, raw, read_all, read_exactly, rst, wait_until
+from websockets.version import version as websockets_version
 from wspeer import (
     ACCEPT,
     BINARY,
@@ -39,8 +40,9 @@ from iocp_ctypes.websocket import (
     WebSocket,
     WebSocketConnection,
     WebSocketServer,
-    _incoming,
 )
+
+LIBRARY = int(websockets_version.partition(".")[0])
 
 # -- opening -------------------------------------------------------------------------------------------------
 
@@ -97,6 +99,8 @@ def test_a_request_byte_by_byte() -> None:
         (request("/", "Sec-WebSocket-Key: ?"), 400),
         (request("/", "Sec-WebSocket-Version: 8"), 400),
         (request("/", "Sec-WebSocket-Version:"), 400),
+        (request("/", "Host:"), 400),
+        (request().replace(b"Host: test", b"Host: a\r\nHost: b"), 400),
         (request("/", "Content-Length: 5"), 400),
         (request("/", "Transfer-Encoding: chunked"), 400),
         (request("/", "bad header"), 400),
@@ -113,7 +117,9 @@ def test_bad_requests_are_refused(head: bytes, status: int) -> None:
     kind = noted()
     with websockets(kind) as server, Peer(server.address, opened=False) as peer:
         peer.ask(head)
-        assert peer.status == status
+        assert peer.status in ((status,) if LIBRARY >= 17 else (status, 400)), (
+            "older ones know fewer"
+        )
         assert peer.header("Connection") == "close"
         length = int(peer.header("Content-Length") or "0")
         assert len(read_exactly(peer.sock, length)) == length
@@ -277,9 +283,8 @@ def test_what_may_not_be_sent(message: Any) -> None:
 
 
 def test_messages_of_one_receive_are_answered_by_one_send(monkeypatch: pytest.MonkeyPatch) -> None:
-    kind = noted()
+    kind = noted(collect_sends=True)
     sends: list[int] = []
-    monkeypatch.setattr(_incoming, "FAST", 60.0)
     with websockets(kind) as server, Peer(server.address) as peer:
         first(kind).until("open")
         send = Connection.send

@@ -69,10 +69,10 @@ class ServerProcess:
     def pid(self) -> int:
         return int(self._process.pid)
 
-    def ask(self, command: str) -> dict[str, Any]:
+    def ask(self, command: str, seconds: float = ANSWER_MAX_S) -> dict[str, Any]:
         """Give a command and return what is answered."""
         self._tell(command)
-        return self._answer()
+        return self._answer(seconds)
 
     def figures(self) -> Figures:
         """Ask for the figures of this instant."""
@@ -106,14 +106,14 @@ class ServerProcess:
                 self._lines.put(raw.decode(errors="replace").strip())
         self._lines.put(None)
 
-    def _answer(self) -> dict[str, Any]:
+    def _answer(self, seconds: float = ANSWER_MAX_S) -> dict[str, Any]:
         """Return the next line that is an object of JSON; what else is printed goes to stderr."""
         last = "nothing"
         while True:
             try:
-                line = self._lines.get(timeout=ANSWER_MAX_S)
+                line = self._lines.get(timeout=seconds)
             except queue.Empty:
-                raise Lost(f"no answer in {ANSWER_MAX_S:g} s; last: {last}") from None
+                raise Lost(f"no answer in {seconds:g} s; last: {last}") from None
             if line is None:
                 raise Lost(f"the server's program ended; last: {last}")
             if line.startswith("{"):

@@ -17,7 +17,7 @@ from typing import Any
 from bench.cycle import CONNECT_PARALLEL, allow_descriptors
 from bench.load import percentile
 from bench.pollers import READ, make_poller
-from bench.usage import memory
+from bench.usage import cpu, memory
 
 from . import checks
 from .process import ServerProcess
@@ -26,6 +26,7 @@ CLIENTS = 2000
 STUCK = 10  # of them never read
 MESSAGES = 200  # ten a second
 SIZE = 1024  # bytes of each
+BROADCAST_MAX_S = 300.0
 LATE_MAX_S = 60.0  # after the last was sent
 SLOW_P99_S = 1.0
 MEMORY_MAX_KIB = 64 * 1024  # more than before the broadcasts
@@ -182,10 +183,17 @@ def run(python: str | None, seed: int, clients: int = CLIENTS) -> list[str]:
         report.claim(f"{clients} WebSockets are open", now["open"] == clients, now["open"])
         crowd = Crowd(sockets)
         before = memory([server.pid])
-        sent = server.ask(f"broadcast {MESSAGES} {SIZE}")
+        used = cpu([server.pid])
+        sent = server.ask(f"broadcast {MESSAGES} {SIZE}", BROADCAST_MAX_S)
         after = memory([server.pid])
         wait(lambda: crowd.missing() <= 0, LATE_MAX_S)
         report.figure("seconds of the broadcasts", round(sent["seconds"], 1))
+        if used and (now_used := cpu([server.pid])):
+            each = 1e6 / (MESSAGES * clients)
+            user, system = now_used.user_s - used.user_s, now_used.system_s - used.system_s
+            report.figure(
+                "CPU of a message, user and system", f"{user * each:.1f} and {system * each:.1f} us"
+            )
         rounds = [round(sent[f"round_{which}_s"], 3) for which in ("median", "max")]
         report.figure("seconds of one, median and longest", rounds)
         wrong = Counter(client.reason for client in crowd.clients.values() if client.reason)
