@@ -51,6 +51,34 @@ def consistent(records: list[TraceRecord]) -> None:
             assert in_use is None or in_use >= 0, record
 
 
+def complete(scope: Any, *retired: str) -> list[TraceRecord]:
+    """Wait until the records of what has happened are there, for a step is recorded after it had its effect.
+
+    Every retirement has its submit then, and every submit of the operations `retired` its retirement.
+    """
+
+    def look() -> list[TraceRecord] | None:
+        records: list[TraceRecord] = scope.trace_records()
+        submits = {record.number for record in records if record.step == "submit"}
+        retires = {record.number for record in records if record.step == "retire"}
+        due = {
+            record.number
+            for record in records
+            if record.step == "submit"
+            and record.operation in retired
+            and (record.status == PENDING or record.operation == "receive")
+        }
+        return records if retires <= submits and due <= retires else None
+
+    found: list[TraceRecord] = wait_until(look, what="complete records")
+    return found
+
+
+def waiting(connection: Any) -> None:
+    """Wait until a connection has posted its next receive."""
+    wait_until(lambda: connection.stats().recvburst.in_use == 1)
+
+
 # -- off ----------------------------------------------------------------------------------------------------
 
 
@@ -76,7 +104,7 @@ def test_switched_off_again_there_is_nothing_either() -> None:
         for _ in range(3):  # the receive that was in flight brings its handler back
             echoes(client)
         assert connection._operation.handler == connection._received
-        kept = server.trace_records()
+        kept = complete(server, "receive", "send")
         assert ("receive", "retire") in steps(kept)
         echoes(client)
         assert server.trace_records() == kept, "what was recorded stays, and nothing is added"
@@ -123,7 +151,7 @@ def test_what_fails_is_recorded_with_its_status() -> None:
         connection.abort()
         assert connection.wait_closed(5)
         rst(client)
-        operations = [record for record in connection.trace_records() if record.operation == "receive"]
+        operations = [record for record in complete(connection, "receive") if record.operation == "receive"]
         assert [record.step for record in operations] == ["submit", "retire"]
         assert operations[0].status == PENDING
         assert operations[1].status >= 0x80000000, "cancelled"
@@ -137,10 +165,13 @@ def test_a_ring_keeps_the_newest() -> None:
     with serving(Echo, trace=50) as server, raw(server.address) as client:
         for number in range(100):
             echoes(client, bytes(number + 1))
-        wait_until(lambda: steps(server.trace_records())[-1] == ("receive", "submit"))
-        records = server.trace_records()
-        assert len(records) == 50
-        sizes = [record.bytes for record in records if record.operation == "send"]
+
+        def sent() -> list[int]:
+            return [record.bytes for record in server.trace_records() if record.operation == "send"]
+
+        wait_until(lambda: sent()[-1] == 100)  # the client may be ahead of the record
+        assert len(server.trace_records()) == 50
+        sizes = sent()
         assert sizes == list(range(101 - len(sizes), 101))
 
 
@@ -166,7 +197,7 @@ def test_a_connection_alone() -> None:
         first, second = made(Chosen, 2)
         assert second.wait_closed(5)
         assert server.trace_records() == first.trace_records() == []
-        records = second.trace_records()
+        records = complete(second)
         consistent(records)
         assert {record.connection for record in records} == {second.id}
         assert ("send", "submit") in steps(records)
@@ -178,13 +209,20 @@ def test_a_connection_finds_itself_in_its_servers_trace_and_in_the_engines() -> 
         echoes(one)
         echoes(two)
         for connection in made(Echo, 2):
+            waiting(connection)
+            complete(engine, "send")
             assert steps(connection.trace_records()) == steps(engine.trace_records(), of=connection.id) != []
         server.trace = 500
         before = len(engine.trace_records())
         echoes(one)
         wait_until(lambda: len(engine.trace_records()) > before, what="the engine's goes on")
         for connection in made(Echo, 2):
-            assert steps(connection.trace_records()) == steps(server.trace_records(), of=connection.id)
+            waiting(connection)
+            wait_until(
+                lambda connection=connection: (
+                    steps(connection.trace_records()) == steps(server.trace_records(), of=connection.id)
+                )
+            )
         made(Echo, 2)[0].trace = 5
         assert made(Echo, 2)[0].trace_records() == []
         assert engine.trace == 1000
@@ -237,7 +275,7 @@ def test_a_client_records_itself_from_the_connecting_on() -> None:
         wait_until(lambda: connection.received == b"hello")
         connection.close()
         assert connection.wait_closed(5)
-        records = connection.trace_records()
+        records = complete(connection)
         consistent(records)
         assert steps(records)[:2] == [("connect", "submit"), ("connect", "retire")]
         assert {record.connection for record in records} == {connection.id}
@@ -250,7 +288,7 @@ def test_a_refused_connect_is_recorded_too() -> None:
         nobody = server.address
     connection = connect(nobody, Recorder, trace=10)
     assert connection.wait_closed(10)
-    records = [record for record in connection.trace_records() if record.operation == "connect"]
+    records = [record for record in complete(connection, "connect") if record.operation == "connect"]
     assert [record.step for record in records] == ["submit", "retire"]
     assert records[1].status
 
@@ -274,6 +312,8 @@ def test_switching_while_data_flows_loses_nothing(scope: str, io_threads: int) -
     with serving(Echo, engine=engine) as server:
         clients = [raw(server.address) for _ in range(4)]
         switched = {"engine": [engine], "server": [server], "connection": made(Echo, 4)}[scope]
+        for connection in made(Echo, 4):
+            connection.until("connect")
         threads = [threading.Thread(target=talk, args=(client,)) for client in clients]
         for thread in threads:
             thread.start()
@@ -300,13 +340,14 @@ def test_what_was_in_flight_when_it_was_switched_off_has_its_retirement() -> Non
     with serving(Echo, recv_mode="flow") as server, raw(server.address) as client:
         echoes(client)
         (connection,) = made(Echo)
+        waiting(connection)
         connection.trace = 100
         echoes(client)  # by the receive posted before; the next one is recorded
         wait_until(lambda: steps(connection.trace_records())[-1:] == [("receive", "submit")])
         connection.trace = 0
         echoes(client)
         wait_until(lambda: steps(connection.trace_records())[-1] == ("receive", "retire"))
-        consistent(connection.trace_records())
+        consistent(complete(connection))
 
 
 @pytest.mark.parametrize("wrong", [-1, 1_000_001, "5", True, None, 2.0])
@@ -350,6 +391,7 @@ def test_the_file_of_a_server(tmp_path: Path) -> None:
         for client in clients:
             client.close()
         wait_until(lambda: not server.stats().connections)
+        complete(server, "receive", "send")
         written = server.write_trace(tmp_path / "server.json")
     found = read_trace(tmp_path / "server.json")
     assert len(found.slices) == written
@@ -372,13 +414,14 @@ def test_the_file_shows_what_is_queued(tmp_path: Path) -> None:
 
     with serving(Floods, trace=10_000, sendcap=3) as server, raw(server.address) as client:
         (connection,) = made(Floods)
+        connection.until("connect")
         wait_until(lambda: connection.sendcap.in_use == 3)
         left = 12_000_000
         while left:
             left -= len(client.recv(1 << 16))
         wait_until(lambda: not connection.write_buffer_size)
+        consistent(complete(connection, "send"))
         connection.write_trace(tmp_path / "flood.json")
-        consistent(connection.trace_records())
     found = read_trace(tmp_path / "flood.json")
     assert max(found.counters["sendcap in use"]) == 3
     assert max(found.counters["queue bytes"]) > 3_000_000

@@ -140,6 +140,7 @@ def test_what_is_queued_and_in_flight() -> None:
 
     with serving(Floods, sendcap=3) as server, raw(server.address) as client:
         (connection,) = made(Floods)
+        connection.until("connect")
         wait_until(lambda: connection.stats().sendcap == Usage(3, 3))
         stats = server.stats()
         assert stats.sendcap == Usage(3, 3)
@@ -236,11 +237,11 @@ def test_the_reaped_by_reason() -> None:
                 assert client.recv(1) == b""
         with raw(server.address) as client:
             client.sendall(b"x")
-        stats = quiet(server)
+        wait_until(lambda: sum(server.stats().closed.values()) == 4)
+        stats = server.stats()
         assert stats.reaped_by == {"silent": 1, "idle": 1, "deadline": 1}
         assert stats.reaped == 3
         assert {name: stats.closed[name] for name in stats.reaped_by} == stats.reaped_by
-        assert sum(stats.closed.values()) == 4
     assert [reason.value for reason in REAPED] == ["silent", "idle", "deadline"]
 
 
