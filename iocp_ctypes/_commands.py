@@ -12,17 +12,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import importlib
+import os
 import sys
 import threading
 import time
+import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Final
 
 from . import _sockops, _win32
 from ._addresses import Address, format_address
 from ._options import MIB
 from ._stats import Stats
+from ._wsgienviron import Environs
 from .connection import Connection
 from .server import Server
 
@@ -79,6 +83,51 @@ def http(
         access_log = staticmethod(_print_line) if log else None
 
     return _serve(Server(address, Files, **_traced(options, trace)), stats, trace)
+
+
+def load_application(place: str, trusted: Sequence[str] = (), script_name: str = "") -> Any:
+    """Return the WSGI application that MODULE:APP names; the current directory is looked into first.
+
+    ValueError says in one line why there is none, or what is wrong with the other options of WSGIServer.
+    """
+    Environs(trusted, script_name)
+    module, colon, path = place.partition(":")
+    if not (colon and module and path):
+        raise ValueError(f"{place!r}: must be MODULE:APP, such as shop:app")
+    sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = importlib.import_module(module)
+    except Exception as exc:
+        if isinstance(exc, ModuleNotFoundError) and exc.name and f"{module}.".startswith(f"{exc.name}."):
+            raise ValueError(f"{place!r}: there is no module {exc.name!r}") from exc
+        *_, last = traceback.extract_tb(exc.__traceback__)
+        where = f"{os.path.basename(last.filename)}, line {last.lineno}"
+        told = " ".join(f"{type(exc).__name__}: {exc}".split())
+        raise ValueError(f"{place!r}: importing {module!r} raised {told} ({where})") from exc
+    for name in path.split("."):
+        if not hasattr(found, name):
+            raise ValueError(f"{place!r}: {module!r} has no {path!r}")
+        found = getattr(found, name)
+    if not callable(found):
+        raise ValueError(f"{place!r}: is of type {type(found).__name__}, which cannot be called")
+    return found
+
+
+def wsgi(
+    app: Any,
+    address: Address,
+    log: bool,
+    stats: bool,
+    options: Mapping[str, Any],
+    trace: str | None = None,
+) -> int:
+    """Serve a WSGI application until Ctrl-C; the rest as `http`. `options` are those of WSGIServer."""
+    from .wsgi import WSGIConnection, WSGIServer
+
+    class Logged(WSGIConnection):
+        access_log = staticmethod(_print_line) if log else None
+
+    return _serve(WSGIServer(address, app, handler=Logged, **_traced(options, trace)), stats, trace)
 
 
 def _print_line(line: str) -> None:
