@@ -2,8 +2,8 @@
 
 `/` says who asks, `/count` counts what is posted to it, `/slow` sends a line every second.
 
-From the checkout's root: `py -m examples.flask_app [--port N]`; needs Flask: `pip install flask h11`. Or leave the
-serving to `py -m iocp_ctypes wsgi examples.flask_app:app`.
+From the checkout's root: `py -m examples.flask_app [--port N]`; it needs Flask: `pip install flask h11`.
+Or leave the serving to `py -m iocp_ctypes wsgi examples.flask_app:app`.
 """
 
 import argparse

@@ -152,10 +152,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.command == "wsgi":
             options.update(trusted=given.trusted, script_name=given.script_name)
             try:
-                app = _commands.load_application(given.app, given.trusted, given.script_name)
-            except ValueError as exc:
+                return _commands.wsgi(given.app, place, given.log, given.stats, options, given.trace)
+            except _commands.BadArgument as exc:
                 parser.error(str(exc))
-            return _commands.wsgi(app, place, given.log, given.stats, options, given.trace)
         return _commands.echo(place, given.stats, options, given.trace)
     except KeyboardInterrupt:
         return 0

@@ -19,14 +19,13 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Final
 
 from . import _sockops, _win32
 from ._addresses import Address, format_address
 from ._options import MIB
 from ._stats import Stats
-from ._wsgienviron import Environs
 from .connection import Connection
 from .server import Server
 
@@ -85,12 +84,15 @@ def http(
     return _serve(Server(address, Files, **_traced(options, trace)), stats, trace)
 
 
-def load_application(place: str, trusted: Sequence[str] = (), script_name: str = "") -> Any:
+class BadArgument(Exception):
+    """An argument turned out to be of no use; the message says so in one line."""
+
+
+def load_application(place: str) -> Any:
     """Return the WSGI application that MODULE:APP names; the current directory is looked into first.
 
-    ValueError says in one line why there is none, or what is wrong with the other options of WSGIServer.
+    ValueError says in one line why there is none.
     """
-    Environs(trusted, script_name)
     module, colon, path = place.partition(":")
     if not (colon and module and path):
         raise ValueError(f"{place!r}: must be MODULE:APP, such as shop:app")
@@ -114,20 +116,28 @@ def load_application(place: str, trusted: Sequence[str] = (), script_name: str =
 
 
 def wsgi(
-    app: Any,
+    place: str,
     address: Address,
     log: bool,
     stats: bool,
     options: Mapping[str, Any],
     trace: str | None = None,
 ) -> int:
-    """Serve a WSGI application until Ctrl-C; the rest as `http`. `options` are those of WSGIServer."""
+    """Serve the WSGI application that MODULE:APP names until Ctrl-C; the rest as `http`.
+
+    `options` are those of WSGIServer. BadArgument where one, or the application, is none.
+    """
     from .wsgi import WSGIConnection, WSGIServer
 
     class Logged(WSGIConnection):
         access_log = staticmethod(_print_line) if log else None
 
-    return _serve(WSGIServer(address, app, handler=Logged, **_traced(options, trace)), stats, trace)
+    traced = _traced(options, trace)
+    try:
+        server = WSGIServer(address, load_application(place), handler=Logged, **traced)
+    except (TypeError, ValueError) as exc:
+        raise BadArgument(str(exc)) from exc
+    return _serve(server, stats, trace)
 
 
 def _print_line(line: str) -> None:

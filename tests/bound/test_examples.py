@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import json
 import socket
 import ssl
 import tempfile
@@ -292,3 +293,14 @@ def test_https_hello() -> None:
             client.request("GET", "/")
             assert client.getresponse().read() == b"hello 127.0.0.1, this is TLSv1.3\n"
         client.close()
+
+
+def test_flask() -> None:
+    with example("flask_app") as program, Client(program.listening()) as client:
+        assert client.ask("/").body == b"hello 127.0.0.1\n"
+        answer = client.ask("/count", "POST", b"one\ntwo\n" * 500_000)
+        assert json.loads(answer.body) == {"bytes": 4_000_000, "lines": 1_000_000}
+        assert client.ask("/nothing").status == 404
+        client.send(b"GET /slow HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert client.head().headers["transfer-encoding"] == "chunked"
+        assert client.until(b"line 0\n\r\n").endswith(b"line 0\n\r\n")  # before there is another
