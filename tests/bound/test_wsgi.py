@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextvars
 import functools
 import gzip
+import importlib
 import io
 import logging
 import re
 import tempfile
 import threading
+import types
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -871,3 +873,49 @@ def test_the_access_log_has_the_request() -> None:
         assert client.ask("/x?y").body == b"Ann"
         wait_until(lambda: lines)
     assert re.fullmatch(r'127\.0\.0\.1 - Ann \[.*\] "GET /x\?y HTTP/1\.1" 404 3 "-" "-"', lines[0])
+
+
+def test_django(tmp_path: Path, large: Path) -> None:
+    django: Any = pytest.importorskip(
+        "django",
+        reason="Django is no requirement of the tests: python3 tests/windows.py --with django -m pytest",
+    )
+    conf: Any = importlib.import_module("django.conf")
+    web: Any = importlib.import_module("django.http")
+    paths: Any = importlib.import_module("django.urls")
+    urls: Any = types.ModuleType("urls_of_this_test")
+
+    def upload(request: Any) -> Any:
+        return web.HttpResponse(f"{len(request.FILES['file'].read())} {request.POST['name']}")
+
+    urls.urlpatterns = [
+        paths.path("", lambda request: web.HttpResponse(request.build_absolute_uri())),
+        paths.path("file", lambda request: web.FileResponse(large.open("rb"))),
+        paths.path("stream", lambda request: web.StreamingHttpResponse(b"%d" % n for n in range(1000))),
+        paths.path("upload", upload),
+        paths.path("fail", lambda request: fails("django")),
+    ]
+    conf.settings.configure(
+        ALLOWED_HOSTS=["*"],
+        ROOT_URLCONF=urls,
+        SECRET_KEY="x",
+        LOGGING_CONFIG=None,
+        FILE_UPLOAD_TEMP_DIR=str(tmp_path),
+    )
+    django.setup()
+    app = importlib.import_module("django.core.wsgi").get_wsgi_application()
+    with serving_app(app) as server, Client(server.address) as client:
+        assert client.ask("/?a=1").body == b"http://test/?a=1"
+        assert client.ask("/file").body == large.read_bytes()
+        assert client.ask("/stream").body == b"".join(b"%d" % n for n in range(1000))
+        parts = (
+            b'--b\r\nContent-Disposition: form-data; name="name"\r\n\r\nAnn\r\n'
+            b'--b\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\n'
+        )
+        body = parts + b"x" * 5_000_000 + b"\r\n--b--\r\n"
+        answer = client.ask("/upload", "POST", body, Content_Type="multipart/form-data; boundary=b")
+        assert answer.body == b"5000000 Ann"
+        assert client.ask("/fail").status == 500  # Django's own
+        assert client.ask("/").status == 200
+    with serving_app(app, checked=False) as server, Client(server.address) as client:
+        assert client.ask("/file").body == large.read_bytes()
