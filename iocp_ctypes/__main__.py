@@ -17,7 +17,7 @@ from ._options import OPTIONS, check_option
 SERVING: Final = ("io_threads", "work_threads", "backlog", "sendcap", "recvburst", "recv_mode")
 
 #: The commands that serve over TLS where they are given a certificate.
-TLS_COMMANDS: Final = ("echo", "http", "websocket")
+TLS_COMMANDS: Final = ("echo", "http", "websocket", "wsgi")
 
 #: More clients than this, and what is shown is how this process runs out of sockets.
 CLIENTS_MAX: Final = 5000
@@ -90,6 +90,22 @@ def _parser() -> _Parser:
     websocket = commands.add_parser("websocket", help="serve: send back messages over WebSocket")
     _add_serving(websocket, 9000)
 
+    wsgi = commands.add_parser(
+        "wsgi", help="serve: a WSGI application, such as Flask's or Django's (needs h11)"
+    )
+    wsgi.add_argument("app", metavar="MODULE:APP", help="where it is, such as shop:app")
+    _add_serving(wsgi, 8000)
+    wsgi.add_argument("--log", action="store_true", help="print a line for each request")
+    wsgi.add_argument(
+        "--trusted",
+        action="append",
+        default=[],
+        metavar="NETWORK",
+        help="of a proxy whose X-Forwarded fields count; may be given again",
+    )
+    path = "the path below which the application is"
+    wsgi.add_argument("--script-name", default="", metavar="PATH", help=path)
+
     demo = commands.add_parser("demo", help="serve clients of this very process, and say what happened")
     demo.add_argument("--clients", type=_whole(1, CLIENTS_MAX), default=1000, help="(%(default)s)")
     demo.add_argument("--messages", type=_whole(1, MESSAGES_MAX), default=5, help="of each (%(default)s)")
@@ -136,6 +152,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         place = (given.host, given.port)
         if given.command == "http":
             return _commands.http(given.directory, place, given.log, given.stats, options, given.trace)
+        if given.command == "wsgi":
+            options.update(trusted=given.trusted, script_name=given.script_name)
+            try:
+                return _commands.wsgi(given.app, place, given.log, given.stats, options, given.trace)
+            except _commands.BadArgument as exc:
+                parser.error(str(exc))
         serve = {"echo": _commands.echo, "websocket": _commands.websocket}[given.command]
         return serve(place, given.stats, options, given.trace)
     except KeyboardInterrupt:

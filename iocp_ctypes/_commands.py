@@ -12,9 +12,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import importlib
+import os
 import sys
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Final
@@ -88,6 +91,62 @@ def websocket(address: Address, stats: bool, options: Mapping[str, Any], trace: 
 
     options = {"write_buffer_max": UNSENT_MAX, **_traced(options, trace)}
     return _serve(WebSocketServer(address, EchoSocket, **options), stats, trace)
+
+
+class BadArgument(Exception):
+    """An argument turned out to be of no use; the message says so in one line."""
+
+
+def load_application(place: str) -> Any:
+    """Return the WSGI application that MODULE:APP names; the current directory is looked into first.
+
+    ValueError says in one line why there is none.
+    """
+    module, colon, path = place.partition(":")
+    if not (colon and module and path):
+        raise ValueError(f"{place!r}: must be MODULE:APP, such as shop:app")
+    sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = importlib.import_module(module)
+    except Exception as exc:
+        if isinstance(exc, ModuleNotFoundError) and exc.name and f"{module}.".startswith(f"{exc.name}."):
+            raise ValueError(f"{place!r}: there is no module {exc.name!r}") from exc
+        *_, last = traceback.extract_tb(exc.__traceback__)
+        where = f"{os.path.basename(last.filename)}, line {last.lineno}"
+        told = " ".join(f"{type(exc).__name__}: {exc}".split())
+        raise ValueError(f"{place!r}: importing {module!r} raised {told} ({where})") from exc
+    for name in path.split("."):
+        if not hasattr(found, name):
+            raise ValueError(f"{place!r}: {module!r} has no {path!r}")
+        found = getattr(found, name)
+    if not callable(found):
+        raise ValueError(f"{place!r}: is of type {type(found).__name__}, which cannot be called")
+    return found
+
+
+def wsgi(
+    place: str,
+    address: Address,
+    log: bool,
+    stats: bool,
+    options: Mapping[str, Any],
+    trace: str | None = None,
+) -> int:
+    """Serve the WSGI application that MODULE:APP names until Ctrl-C; the rest as `http`.
+
+    `options` are those of WSGIServer. BadArgument where one, or the application, is none.
+    """
+    from .wsgi import WSGIConnection, WSGIServer
+
+    class Logged(WSGIConnection):
+        access_log = staticmethod(_print_line) if log else None
+
+    traced = _traced(options, trace)
+    try:
+        server = WSGIServer(address, load_application(place), handler=Logged, **traced)
+    except (TypeError, ValueError) as exc:
+        raise BadArgument(str(exc)) from exc
+    return _serve(server, stats, trace)
 
 
 def _print_line(line: str) -> None:

@@ -39,6 +39,7 @@ TABLE: dict[str, int] = {
     "_httpmessage": P,
     "_httppaths": P,
     "access": P,
+    "_wsgienviron": P,
     "_trace": P,
     "tls": P,
     "_win32": 1,

@@ -2,7 +2,8 @@
 
 Measure "small": native clients ask for 1 KiB over connections that are kept, each as soon as it has its
 answer. Measure "file": a file of 10 MiB, over and over. Rounds alternate, and begin with another server each
-time. `--check` ends with code 1 on a failure or where a goal is missed.
+time. `--servers wsgi,waitress` compares our WSGI server. `--check` ends with code 1 on a failure or where a
+goal is missed.
 """
 
 from __future__ import annotations
@@ -140,16 +141,17 @@ def report(results: dict[str, list[Round]], what: str) -> tuple[str, bool]:
         used = [one.user_us for one in rounds if one.user_us is not None]
         user = f"{statistics.median(used):.1f} us user CPU an answer" if used else "CPU unknown"
         lines.append(f"{name:9}{statistics.median([rate(one, what) for one in rounds]):9.1f} {unit}, {user}")
+    ours = "ours" if "ours" in results else "wsgi"
     for name, wanted in WANTED[what].items():
-        if name not in results or "ours" not in results:
+        if name not in results or ours not in results:
             continue
-        pairs = list(zip(results["ours"], results[name], strict=True))
+        pairs = list(zip(results[ours], results[name], strict=True))
         ratios = [rate(one, what) / max(1e-9, rate(other, what)) for one, other in pairs]
         reached = statistics.median(ratios) >= wanted
-        lines.append(f"{unit}, ours over {name}: {middle(ratios)}, wanted {wanted}")
+        lines.append(f"{unit}, {ours} over {name}: {middle(ratios)}, wanted {wanted}")
         used = [one.user_us / other.user_us for one, other in pairs if one.user_us and other.user_us]
         if used:
-            lines.append(f"user CPU an answer, ours over {name}: {middle(used)}")
+            lines.append(f"user CPU an answer, {ours} over {name}: {middle(used)}")
             reached = reached and (what != "small" or statistics.median(used) < 1.0)
         good = good and reached
     return "\n".join(lines), good
@@ -159,6 +161,7 @@ def kinds(file: str) -> dict[str, Kind]:
     """The servers, each with the file that it may be asked for."""
     return {
         "ours": Kind("ours", ("-m", "bench.peers.web_ours", file), ("h11",)),
+        "wsgi": Kind("wsgi", ("-m", "bench.peers.web_wsgi", file), ("h11",)),
         "waitress": Kind("waitress", ("-m", "bench.peers.web_waitress", file), ("waitress",)),
         "uvicorn": Kind("uvicorn", ("-m", "bench.peers.web_uvicorn"), ("uvicorn", "h11")),
     }

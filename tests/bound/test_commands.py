@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import re
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from support import LOOPBACK, PATIENCE, raw, reachable, wait_until
 from web import Client
 from websockets.sync.client import connect
 
-from iocp_ctypes import Server, _commands, _win32
+from iocp_ctypes import Server, _commands, _win32, wsgi
 from iocp_ctypes.__main__ import main
 from iocp_ctypes.certificate import throwaway_certificate
 
@@ -49,8 +50,13 @@ class Noted(Server):
 def echo_until_interrupted(
     monkeypatch: pytest.MonkeyPatch, *arguments: str, meanwhile: Callable[[Noted], object]
 ) -> int:
-    """Run the command in this thread, `meanwhile` in another, then press Ctrl-C."""
+    """Run the command `echo` as `until_interrupted` does."""
     monkeypatch.setattr(_commands, "Server", Noted)
+    return until_interrupted(["echo", *arguments], meanwhile)
+
+
+def until_interrupted(words: list[str], meanwhile: Callable[[Noted], object]) -> int:
+    """Run a command in this thread, `meanwhile` in another, then press Ctrl-C."""
     Noted.made.clear()
     failures: list[BaseException] = []
 
@@ -66,7 +72,7 @@ def echo_until_interrupted(
     thread = threading.Thread(target=other)
     thread.start()
     try:
-        code = main(["echo", *arguments])
+        code = main(words)
     finally:
         thread.join()
     if failures:
@@ -357,3 +363,82 @@ def test_counting_native_calls_leaves_no_trace() -> None:
     assert calls["AcceptEx"] == calls["WSASocketW"] == 4
     assert calls["WSASend"] == 1
     assert calls["closesocket"] == 4
+
+
+SHOP = """
+def app(environ, start_response):
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    keys = ("REMOTE_ADDR", "SCRIPT_NAME", "PATH_INFO")
+    return [" ".join(environ[key] for key in keys).encode()]
+
+class Holder:
+    inner = staticmethod(app)
+
+text = "no application"
+"""
+
+
+@pytest.fixture
+def shop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Make a folder with modules the current directory, for one test."""
+    (tmp_path / "shop.py").write_text(SHOP)
+    (tmp_path / "broken.py").write_text("x = 1\nraise ValueError('two\\nlines')\n")
+    (tmp_path / "needs.py").write_text("import nothing_like_it\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in ("shop", "broken", "needs"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["shop"], "'shop': must be MODULE:APP, such as shop:app"),
+        ([":app"], "':app': must be MODULE:APP"),
+        (["no_such_shop:app"], "'no_such_shop:app': there is no module 'no_such_shop'"),
+        (["shop.sub:app"], "there is no module 'shop.sub'"),
+        (["shop:nothing"], "'shop:nothing': 'shop' has no 'nothing'"),
+        (["shop:Holder.outer"], "'shop' has no 'Holder.outer'"),
+        (["shop:text"], "is of type str, which cannot be called"),
+        (["broken:app"], "importing 'broken' raised ValueError: two lines (broken.py, line 2)"),
+        (["needs:app"], "importing 'needs' raised ModuleNotFoundError: No module named 'nothing_like_it'"),
+        (["shop:app", "--trusted", "office"], "'office' does not appear to be"),
+        (["shop:app", "--script-name", "shop"], "script_name='shop'"),
+        (["shop:app", "--work-threads", "0"], "work_threads=0"),
+    ],
+)
+def test_wsgi_tells_in_one_line_what_is_wrong(
+    shop: None, capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["wsgi", *arguments, "--port", "0"])
+    out, err = capsys.readouterr()
+    assert (caught.value.code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert err.startswith("python -m iocp_ctypes: error: ")
+    assert told in err
+
+
+def test_wsgi_serves_until_ctrl_c(
+    shop: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class NotedWSGI(wsgi.WSGIServer):
+        def serve_forever(self, poll_interval: float = 0.25) -> None:
+            Noted.made[:] = [self]
+            super().serve_forever(poll_interval)
+
+    monkeypatch.setattr(wsgi, "WSGIServer", NotedWSGI)
+    bodies: list[bytes] = []
+
+    def meanwhile(server: Noted) -> None:
+        with Client(server.address) as client:
+            bodies.append(client.ask("/shop/a", X_Forwarded_For="203.0.113.5").body)
+
+    words = "wsgi shop:Holder.inner --port 0 --script-name /shop --trusted 127.0.0.1 --trusted ::1 --log"
+    assert until_interrupted(words.split(), meanwhile) == 0
+    out, err = capsys.readouterr()
+    listening, line = out.splitlines()
+    assert listening.startswith("listening on 127.0.0.1:")
+    assert '"GET /shop/a HTTP/1.1" 200' in line
+    assert err == ""
+    assert bodies == [b"203.0.113.5 /shop /a"]

@@ -315,3 +315,14 @@ def test_websocket_chat() -> None:
                 assert json.loads(guest.recv(PATIENCE)) == {"who": told[0]["who"], "text": "grüß Gott"}
             ann.close()
             assert json.loads(bob.recv(PATIENCE)) == {"who": told[0]["who"], "text": "has left (1000)"}
+
+
+def test_flask() -> None:
+    with example("flask_app") as program, Client(program.listening()) as client:
+        assert client.ask("/").body == b"hello 127.0.0.1\n"
+        answer = client.ask("/count", "POST", b"one\ntwo\n" * 500_000)
+        assert json.loads(answer.body) == {"bytes": 4_000_000, "lines": 1_000_000}
+        assert client.ask("/nothing").status == 404
+        client.send(b"GET /slow HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert client.head().headers["transfer-encoding"] == "chunked"
+        assert client.until(b"line 0\n\r\n").endswith(b"line 0\n\r\n")  # before there is another

@@ -56,6 +56,10 @@ def ends(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[object, s
         (["http", "one", "two"], "two"),
         (["http", "--port", "x"], "--port: 'x'"),
         (["http", "--backlog", "0"], "backlog=0"),
+        (["wsgi"], "MODULE:APP"),
+        (["wsgi", "shop:app", "more"], "more"),
+        (["wsgi", "shop:app", "--backlog", "0"], "backlog=0"),
+        (["wsgi", "shop:app", "--tls-key", "x.pem"], "--tls-key: is of no use without --tls-cert"),
     ],
 )
 def test_bad_arguments_are_told_in_one_line(
