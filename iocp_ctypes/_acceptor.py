@@ -18,6 +18,7 @@ from typing import Final
 
 from ._errors import ERROR_OPERATION_ABORTED, RESOURCE_CODES, winsock_code
 from ._options import Usage
+from ._pipeops import ListeningPipe, OverlappedPipe
 from ._proactor import Operation
 from ._sockops import NOT_CONNECTED, AcceptOperation, ListeningSocket, OverlappedSocket
 from .watchdog import Watchdog
@@ -36,13 +37,17 @@ SILENT_LOOK_MAX: Final = 1.0
 
 log = logging.getLogger("iocp_ctypes")
 
+#: What can listen, and what comes of it. A pipe's ConnectNamedPipe is called an AcceptEx in here.
+Listening = ListeningSocket | ListeningPipe
+Accepted = OverlappedSocket | OverlappedPipe
+
 
 class _Pool:
     """One listening socket and its AcceptEx operations."""
 
     __slots__ = ("listening", "operations", "share")
 
-    def __init__(self, listening: ListeningSocket) -> None:
+    def __init__(self, listening: Listening) -> None:
         self.listening = listening
         self.operations: dict[int, AcceptOperation] = {}  # by address
         self.share = 1
@@ -53,13 +58,13 @@ class Acceptor:
 
     def __init__(
         self,
-        sockets: list[ListeningSocket],
+        sockets: list[Listening],
         watchdog: Watchdog,
         cap: int,
         data_size: int,
         room: Callable[[], int],
         admit: Callable[[], None],
-        accepted: Callable[[OverlappedSocket, bytes], None],
+        accepted: Callable[[Accepted, bytes], None],
     ) -> None:
         """Make an acceptor; `top_up` starts it.
 

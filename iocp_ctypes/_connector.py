@@ -46,6 +46,7 @@ class Connector:
     """One connecting; thread-safe, nothing blocks."""
 
     local_raw = b""  # what a connection asks its socket for, while there is none
+    half_closes = True
 
     def __init__(
         self, engine: Engine, address: Address, local: Address | None, timeout: float | None, done: Done

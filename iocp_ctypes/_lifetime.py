@@ -27,6 +27,7 @@ from ._errors import ConnectionClosedError, reason_of
 from ._flow import WriteFlow
 from ._lifecycle import CloseReason
 from ._options import Settings
+from ._pipeops import OverlappedPipe
 from ._proactor import Operation
 from ._sockops import OverlappedSocket
 from ._strand import Strand
@@ -34,6 +35,7 @@ from ._strand import Strand
 if TYPE_CHECKING:
     from ._connector import Connector
     from ._deadlines import Deadline
+    from ._pipeconnector import PipeConnector
     from .engine import Engine
 
 #: Bytes of the receive that a connection in mode "auto" keeps posted while it talks: most requests and
@@ -114,9 +116,7 @@ class Lifetime:
         "last_activity",
     )
 
-    def _attach(
-        self, server: Any, home: Home, sock: OverlappedSocket | Connector, settings: Settings, peer: Address
-    ) -> None:
+    def _attach(self, server: Any, home: Home, sock: Any, settings: Settings, peer: Address) -> None:
         """Give a connection its socket; what a subclass's `__init__` did or forgot does not matter here."""
         self.id = next(_numbers)
         self.data: Any = None
@@ -150,15 +150,17 @@ class Lifetime:
         self._closed_event: threading.Event | None = None
         self._next_size = self._first_size()
 
-    def _attach_client(self, home: Home, connector: Connector, settings: Settings, peer: Address) -> None:
+    def _attach_client(
+        self, home: Home, connector: Connector | PipeConnector, settings: Settings, peer: Address
+    ) -> None:
         """Give a connection that is not connected yet what stands in for its socket."""
         self._attach(None, home, connector, settings, peer)
-        self._strand.leave()  # nobody but who called connect() knows it: on_timeout may come before on_connect
+        self._strand.leave()  # only who called connect() knows it: on_timeout may come before on_connect
         self._state = life.CONNECTING
         self._reading = POSTED  # the connector counts as something in flight
         self._opened = True  # on_close is owed in any case: it says why connecting failed
 
-    def _connect_done(self, sock: OverlappedSocket | None, error: OSError | None) -> None:
+    def _connect_done(self, sock: OverlappedSocket | OverlappedPipe | None, error: OSError | None) -> None:
         """The connector is done. On an I/O thread."""
         with self._lock:
             if sock is not None and self._state == life.CONNECTING:
@@ -175,7 +177,7 @@ class Lifetime:
             self._fail(CloseReason.TIMEOUT if timeout else reason_of(code), error)
             self._join()
 
-    def _connected(self, sock: OverlappedSocket) -> OSError | None:
+    def _connected(self, sock: OverlappedSocket | OverlappedPipe) -> OSError | None:
         """Take the socket over; returns why it cannot be. Needs the lock."""
         try:
             sock.set_nodelay(self._settings.nodelay)
@@ -211,6 +213,7 @@ class Lifetime:
     def _begin(self, first: bytes) -> None: ...
     def _receive_for_close(self) -> None: ...
     def _try_again(self) -> None: ...
+    def _go_on_with_files(self) -> None: ...
 
     def _call(self, callback: Callable[..., Any], *args: Any) -> Any:
         """Run user code on the strand; what it raises closes this connection and nothing else."""
@@ -283,7 +286,7 @@ class Lifetime:
 
     def _advance(self) -> None:
         """Take the next step towards the end where nothing is left to send. Needs the lock."""
-        if self._flow.queued or self._flow.sends:
+        if self._flow.queued or self._flow.sends or self._flow.files:
             return
         if self._state == life.OPEN and self._eof_out:
             if self._eof_in:
@@ -295,8 +298,10 @@ class Lifetime:
             self._socket.shutdown_send()
             self._linger_due = monotonic() + self._settings.linger_timeout
             self._arm()
-        if self._state == life.LINGERING and self._eof_in:
+        # A pipe's peer reads the end only when the handle is closed: waiting for its own would be in vain.
+        if self._state == life.LINGERING and (self._eof_in or not self._socket.half_closes):
             self._move(life.FINISHED)
+            self._cancel()
         self._join()
 
     def _fail(self, reason: CloseReason, exc: OSError | None, reset: bool = False) -> None:

@@ -53,6 +53,8 @@ class ServerOptions(TypedDict, total=False):
     keepalive: KeepAlive
     exclusive: bool
     dualstack: bool | None
+    reject_remote: bool
+    pipe_security: str | None
 
 
 class ClientOptions(TypedDict, total=False):
@@ -94,6 +96,8 @@ class Settings:
     keepalive: KeepAlive = None
     exclusive: bool = True
     dualstack: bool | None = None
+    reject_remote: bool = True
+    pipe_security: str | None = None
 
 
 Check = Callable[[str, Any], Any]
@@ -163,6 +167,14 @@ def _choice(*choices: str) -> Check:
     return check
 
 
+def _sddl(name: str, value: Any) -> Any:
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"{name}={value!r}: must be a str in SDDL, such as 'D:(A;;GA;;;WD)', or None")
+    if value is not None and not value.startswith(("O:", "G:", "D:", "S:")):
+        raise ValueError(f"{name}={value!r}: must be in SDDL, such as 'D:(A;;GA;;;WD)', or None")
+    return value
+
+
 def _keepalive(name: str, value: Any) -> Any:
     if value is None:
         return None
@@ -214,6 +226,8 @@ OPTIONS: Final[dict[str, Option]] = {
     "keepalive": Option(_keepalive, "seconds, or (idle, interval) in seconds; None: off"),
     "exclusive": Option(_flag(), "SO_EXCLUSIVEADDRUSE: nobody else binds over this server"),
     "dualstack": Option(_flag(none=True), "IPv6 sockets serve IPv4 too; None: only for the host ''"),
+    "reject_remote": Option(_flag(), "pipes refuse clients on other machines"),
+    "pipe_security": Option(_sddl, "who may open a pipe, in SDDL; None: the user who serves it, nobody else"),
 }
 
 

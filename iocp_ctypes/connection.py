@@ -8,6 +8,7 @@ Laws
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Callable, Iterable
 from time import monotonic
@@ -15,14 +16,15 @@ from typing import Any
 
 from . import _lifecycle as life
 from ._addresses import Address, format_address, parse_sockaddr
-from ._channel import Buffer, Channel, as_bytes
+from ._channel import Buffer, as_bytes
+from ._detaching import Detaching
 from ._errors import ConnectionClosedError
 from ._lifecycle import CloseReason
 from ._lifetime import DELIVERING, IDLE
 from ._options import KeepAlive, Usage, change
 
 
-class Connection(Channel):
+class Connection(Detaching):
     """A connection; subclass it and override the callbacks, all of which are optional.
 
     Callbacks of one connection never overlap and come in order, on an I/O thread or on the connection's
@@ -86,11 +88,13 @@ class Connection(Channel):
         """Half-close: what is queued is sent, then FIN; receiving goes on until the peer's EOF.
 
         Any thread; never blocks; again is a no-op. Raises ConnectionClosedError where the connection is
-        closed.
+        closed, and OSError on a pipe, which has no half-close.
         """
         with self._lock:
             if self._state > life.OPEN:
                 raise ConnectionClosedError(f"connection {self.id} is closed")
+            if not self._socket.half_closes:
+                raise OSError(errno.EOPNOTSUPP, "a pipe cannot be closed by half: use close()")
             if not self._eof_out:
                 self._eof_out = True
                 self._advance()
@@ -226,7 +230,7 @@ class Connection(Channel):
 
     @property
     def closed(self) -> bool:
-        """True exactly when the handle is closed; on_close runs then or has run."""
+        """True exactly when the handle is closed or handed over; on_close runs then or has run."""
         return self._state == life.CLOSED
 
     @property

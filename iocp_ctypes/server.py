@@ -12,21 +12,21 @@ Laws
 from __future__ import annotations
 
 import logging
-import socket
 import threading
 from collections import Counter, deque
 from collections.abc import Callable
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
-from ._acceptor import SILENT_LOOK_MAX, Acceptor
-from ._addresses import Address, check_addresses, format_address, parse_sockaddr, resolve_listening
+from ._acceptor import SILENT_LOOK_MAX, Accepted, Acceptor
+from ._addresses import Address, check_addresses, format_address, parse_sockaddr
 from ._channel import Buffer, as_bytes
 from ._errors import ConnectionClosedError
+from ._handover import Handover, check_handler, set_options
 from ._lifecycle import CloseReason
 from ._lifetime import Home
+from ._listening import address_of, bind_all, listen_on
 from ._options import Live, ServerOptions, Settings, Usage, change, make_settings
-from ._sockops import ListeningSocket, OverlappedSocket, listen
 from ._stats import Stats
 from .connection import Connection
 from .engine import Engine, enter_engine
@@ -41,16 +41,14 @@ Handler = type[Connection] | Callable[["Server", Address], Connection]
 INTERRUPT_TIMEOUT: Final = 0.15
 #: Seconds for the packets of aborted connections to come back.
 ABORT_TIMEOUT: Final = 1.0
-#: listen_backlog where the user names none; above 200 Windows takes the number as it is (SOMAXCONN_HINT).
-LISTEN_BACKLOG_MIN: Final = 200
 #: Reasons for which the watchdog ends a connection.
 REAPED: Final = (CloseReason.SILENT, CloseReason.IDLE, CloseReason.DEADLINE)
 
 log = logging.getLogger("iocp_ctypes")
 
 
-class Server:
-    """A TCP server on a completion port.
+class Server(Handover):
+    """A server on a completion port: of TCP, of named pipes, or of both.
 
     Use `serve_forever()`, or `start()` and `stop()`, or a `with` block, which starts and stops it.
     Thread-safe.
@@ -74,11 +72,12 @@ class Server:
         engine: Engine | None = None,
         **options: Unpack[ServerOptions],
     ) -> None:
-        """Bind and listen; nothing is accepted before `start`.
+        r"""Bind and listen; nothing is accepted before `start`.
 
         Args:
-            address: (host, port), an iterable of several, or a bound stream socket. Host "" is every
-                interface, IPv4 and IPv6; port 0 is any that is free.
+            address: (host, port), a bound or listening stream socket, the name of a pipe such as
+                r"\\.\pipe\NAME", or an iterable of several. Host "" is every interface, IPv4 and IPv6; port
+                0 is any that is free.
             handler: a Connection subclass, or a factory called with (server, peer_address) that returns a
                 Connection.
             engine: whose threads to use; None: the engine of the process, or one of its own where
@@ -92,7 +91,7 @@ class Server:
         May ask the name service for the host, and blocks while it does.
         """
         self._settings: Settings = make_settings(options)
-        self._handler: Callable[[Server, Address], Any] = _check_handler(handler)
+        self._handler: Callable[[Server, Address], Any] = check_handler(handler)
         if engine is not None and not isinstance(engine, Engine):
             raise TypeError(f"engine={engine!r}: must be an Engine or None")
         if engine is not None and self._settings.io_threads:
@@ -102,8 +101,8 @@ class Server:
             )
         self._given_engine = engine
         self._engine: Engine | None = None
-        self._sockets = self._listen(check_addresses(address))
-        self._addresses: tuple[Address, ...] = tuple(sock.getsockname() for sock in self._sockets)
+        self._sockets = bind_all(check_addresses(address), self._settings)
+        self._addresses: tuple[Address | str, ...] = tuple(map(address_of, self._sockets))
         self._lock = threading.Lock()
         self._gone_one = threading.Condition(self._lock)
         self._connections: dict[int, Connection] = {}
@@ -117,29 +116,11 @@ class Server:
         self._acceptor: Acceptor | None = None
         self._workers: WorkThreads | None = None
         self._home: Home | None = None
-        self._parked: deque[tuple[OverlappedSocket, bytes]] = deque()  # accepted above max_connections
+        self._parked: deque[tuple[Accepted, bytes]] = deque()  # accepted above max_connections
         self._stopping = False
         self._stopped = threading.Event()
         self._shutdown_wanted = threading.Event()
         self._fatal: BaseException | None = None
-
-    def _listen(self, addresses: list[Address | socket.socket]) -> list[socket.socket]:
-        settings = self._settings
-        backlog = settings.listen_backlog or max(LISTEN_BACKLOG_MIN, settings.backlog)
-        made: list[socket.socket] = []
-        try:
-            for address in addresses:
-                if isinstance(address, socket.socket):
-                    address.listen(backlog)
-                    made.append(address)
-                    continue
-                for family, place, dualstack in resolve_listening(address, settings.dualstack):
-                    made.append(listen(family, place, backlog, settings.exclusive, dualstack))
-        except BaseException:
-            for sock in made:
-                sock.close()
-            raise
-        return made
 
     # -- running --------------------------------------------------------------------------------------------
 
@@ -159,7 +140,7 @@ class Server:
                 is_callback_thread=self._is_callback_thread,
             )
             try:
-                listening = [ListeningSocket(sock, engine.proactor, engine.port) for sock in self._sockets]
+                listening = [listen_on(place, engine) for place in self._sockets]
             except BaseException:
                 engine.leave(self)
                 raise
@@ -313,7 +294,7 @@ class Server:
         if self._settings.max_connections is not None and self._acceptor is not None:
             self._acceptor.top_up()
 
-    def _accepted(self, sock: OverlappedSocket, first: bytes) -> None:
+    def _accepted(self, sock: Accepted, first: bytes) -> None:
         """Make a connection of an accepted socket, or turn it away."""
         assert self._home is not None
         settings = self._settings
@@ -331,11 +312,12 @@ class Server:
             sock.close()
             self._release("refused")
             return
+        remaining = self._was_taken(sock, peer)
+        if remaining is None:
+            return
+        sock = remaining
         try:
-            if settings.nodelay:
-                sock.set_nodelay(True)
-            if settings.keepalive is not None:
-                sock.set_keepalive(settings.keepalive)
+            set_options(sock, settings)
             sock.associate(self._home.engine.port)
         except OSError as exc:
             log.debug("%s was gone before it could be served: %s", format_address(peer), exc)
@@ -346,14 +328,7 @@ class Server:
         connection = self._make(peer, sock)
         if connection is None:
             return
-        connection._attach(self, self._home, sock, settings, peer)
-        with self._lock:
-            self._connections[connection.id] = connection
-            self._counts["accepted"] += 1
-            stopping = self._stopping
-        connection._start(first)
-        if stopping:  # it came while stop() was counting: it is told as well
-            connection._shutdown()
+        self._begin_with(connection, first, self._enrol(connection, sock, peer, settings))
 
     def _welcome(self, peer: Address, settings: Settings) -> bool:
         host = peer[0]
@@ -374,23 +349,6 @@ class Server:
             self._hosts[peer[0]] -= 1
             if not self._hosts[peer[0]]:
                 del self._hosts[peer[0]]
-
-    def _make(self, peer: Address, sock: OverlappedSocket) -> Connection | None:
-        try:
-            connection: Any = self._handler(self, peer)
-            if not isinstance(connection, Connection):
-                raise TypeError(f"the handler returned {connection!r}, which is no Connection")
-            if hasattr(connection, "_state"):
-                raise ValueError(f"the handler returned {connection!r} a second time: each needs its own")
-            made: Connection = connection
-            return made
-        except BaseException as exc:
-            self._hook_failed(exc, f"the handler could not make a connection for {format_address(peer)}")
-            sock.reset_on_close()
-            sock.close()
-            self._leave_host(peer)
-            self._release("handler_failed")
-            return None
 
     def _gone(self, connection: Connection) -> None:
         """A connection's on_close has returned."""
@@ -461,12 +419,12 @@ class Server:
     # -- what runs ------------------------------------------------------------------------------------------
 
     @property
-    def address(self) -> Address:
-        """The first address this server listens on, with the port it got."""
+    def address(self) -> Any:
+        """The first address this server listens on, with the port it got; of a pipe, its name."""
         return self._addresses[0]
 
     @property
-    def addresses(self) -> tuple[Address, ...]:
+    def addresses(self) -> tuple[Any, ...]:
         """All addresses this server listens on."""
         return self._addresses
 
@@ -584,13 +542,3 @@ class Server:
             work_queued=self._workers.queued() if self._workers else (),
             engine=engine.stats(),
         )
-
-
-def _check_handler(handler: Any) -> Handler:
-    good = issubclass(handler, Connection) if isinstance(handler, type) else callable(handler)
-    if not good:
-        raise TypeError(
-            f"handler={handler!r}: must be a subclass of Connection, or a function of (server, peer_address)"
-        )
-    checked: Handler = handler
-    return checked
