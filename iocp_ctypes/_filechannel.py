@@ -20,7 +20,7 @@ import errno
 import functools
 from collections import deque
 from time import monotonic
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from . import _lifecycle as life
 from ._channel import Buffer, Channel, as_bytes
@@ -38,6 +38,9 @@ from ._options import KIB
 from ._proactor import COMPLETED, PENDING, Operation
 from ._sockops import error_code
 
+if TYPE_CHECKING:
+    from ._deadlines import Deadline
+
 #: Bytes of the first TransmitFile of a file, and of the smallest.
 TRANSMIT_FIRST: Final = 256 * KIB
 #: Seconds: a slice sent in less lets the next be four times as large, one that took four times as long makes
@@ -47,6 +50,8 @@ TRANSMIT_QUICK: Final = 0.25
 FILE_AHEAD: Final = 256 * KIB
 #: Files that wait in one connection; each is an open handle. Above it the connection is closed with overflow.
 FILES_MAX: Final = 256
+#: Seconds between two cancels of a TransmitFile: Wine forgets one that meets the end of a part of it.
+CANCEL_AGAIN: Final = 0.05
 #: Codes with which a provider says that it has no TransmitFile for this: the file is read instead.
 _NOT_SUPPORTED: Final = frozenset({1, 50, 120, 10045})
 
@@ -92,11 +97,12 @@ class Job:
 class _Files:
     """The file that is being sent, and what waits behind it: bytes and further files."""
 
-    __slots__ = ("job", "waiting")
+    __slots__ = ("again", "job", "waiting")
 
     def __init__(self) -> None:
         self.job: Job | None = None
         self.waiting: deque[Any] = deque()
+        self.again: Deadline | None = None
 
 
 def make_job(file: Any, offset: Any, count: Any, header: Buffer, trailer: Buffer) -> Job:
@@ -207,6 +213,8 @@ class FileChannel(Channel):
             )
             if job.by_slices:
                 self._begin_slices(job)
+                self._flush()  # which comes back here
+                return
         if job.busy:
             return
         if not job.by_slices:
@@ -231,6 +239,7 @@ class FileChannel(Channel):
 
     def _begin_slices(self, job: Job) -> None:
         """The header goes first. Needs the lock."""
+        job.operation = None
         head, job.head = job.head, b""
         self._flow.held -= len(head)
         self._push(head)
@@ -268,6 +277,23 @@ class FileChannel(Channel):
             if files.job is not None and not files.job.busy:
                 files.job.source.close()
         super()._cancel()
+        self._watch_cancel()
+
+    def _watch_cancel(self) -> None:
+        """See to it that a TransmitFile ends that was cancelled. Needs the lock."""
+        assert self._lock._is_owned()
+        files = self._files
+        if files is not None and files.job is not None and files.job.busy and files.again is None:
+            files.again = self._home.engine.watchdog.later(CANCEL_AGAIN, self._cancel_again)
+
+    def _cancel_again(self) -> None:
+        """On the watchdog's thread."""
+        with self._lock:
+            if self._files is not None:
+                self._files.again = None
+            if self._state == life.JOINING and self._flow.sends:
+                self._socket.cancel()
+                self._watch_cancel()
 
     def _is_over(self, job: Job) -> bool:
         """Whether the connection ended under a file, which is let go then. Needs the lock."""
@@ -276,6 +302,10 @@ class FileChannel(Channel):
             return False
         job.operation = None
         job.source.close()
+        files = self._files
+        if files is not None and files.again is not None:
+            self._home.engine.watchdog.cancel(files.again)
+            files.again = None
         self._join()
         return True
 

@@ -155,7 +155,7 @@ def open_source(file: Any, offset: Any, count: Any) -> Source:
         return _open_path(file, offset, count)
     if isinstance(file, io.TextIOBase):
         raise TypeError(f"file={file!r}: is in text mode; a connection sends bytes: open it with 'rb'")
-    if not isinstance(file, io.IOBase) and not hasattr(file, "fileno"):
+    if not (hasattr(file, "read") and hasattr(file, "fileno")):
         raise TypeError(f"file={file!r}: must be a path, or a file object that was opened in binary mode")
     return _open_file(file, offset, count)
 

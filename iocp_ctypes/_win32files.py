@@ -187,6 +187,7 @@ if sys.platform == "win32":
     NtSetInformationFile = _bind(
         _ntdll, "NtSetInformationFile", NTSTATUS, HANDLE, POINTER(IO_STATUS_BLOCK), c_void_p, ULONG, c_uint32
     )
+
     def is_workstation() -> bool:
         """Return whether this Windows is not a server edition (wProductType of OSVERSIONINFOEX)."""
         return sys.getwindowsversion().product_type == VER_NT_WORKSTATION

@@ -354,7 +354,7 @@ class FakeSocket:
         head, tail = operation.keep
         offset = operation.Offset | operation.OffsetHigh << 32
         self.transmitted.append((offset, operation.amount))
-        operation.keep = head + b"F" * min(operation.amount, 1 << 20) + tail
+        operation.keep = head + b"F" * min(operation.amount, 1 << 16) + tail
         return self.send(operation, handler)
 
     def release(self) -> Any:

@@ -59,6 +59,15 @@ class Table:
         operation = self.proactor.pending.pop(address)
         return operation, transferred, operation.Internal
 
+    def next_within(self, milliseconds: int) -> tuple[Operation, int, int] | None:
+        """The next packet, where it comes in time."""
+        ready: deque[tuple[Any, int]] = deque()
+        if not self.port.reap(Batch(1), milliseconds, ready):
+            return None
+        address, transferred = ready.popleft()
+        operation = self.proactor.pending.pop(address)
+        return operation, transferred, operation.Internal
+
     def nothing_comes(self) -> bool:
         return self.port.reap(Batch(1), 0, deque()) == 0
 
