@@ -1,4 +1,4 @@
-"""_filechannel.py: files among the bytes of a connection, by TransmitFile and by reading, whole or not at all."""
+"""_filechannel.py: files among the bytes of a connection, transmitted and read, whole or not at all."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def sending(act: Callable[[Any], object]) -> type[Sender]:
     return type("One", (Sender,), {"act": staticmethod(act)})
 
 
-# -- what arrives ---------------------------------------------------------------------------------------------
+# -- what arrives -------------------------------------------------------------------------------------------
 
 
 def test_a_large_file_arrives_whole(way: str, large: Path, io_threads: int) -> None:
@@ -204,7 +204,7 @@ def test_what_was_handed_over_before_it_is_connected_is_sent_then(way: str, larg
         connection.abort()
 
 
-# -- flow control -----------------------------------------------------------------------------------------------
+# -- flow control -------------------------------------------------------------------------------------------
 
 
 def test_a_file_is_no_bytes_in_memory_and_on_drain_comes_when_it_is_sent(way: str, large: Path) -> None:
@@ -275,7 +275,7 @@ def test_a_header_that_is_large_goes_as_bytes_do(way: str, tmp_path: Path) -> No
         assert sha(read_exactly(client, 3 * MIB + 4)) == sha(head + b"file" + tail)
 
 
-# -- the ends ---------------------------------------------------------------------------------------------------
+# -- the ends -----------------------------------------------------------------------------------------------
 
 
 def test_close_sends_what_is_queued_first(way: str, large: Path) -> None:
@@ -411,7 +411,7 @@ def test_after_send_eof_no_file_is_taken(tmp_path: Path) -> None:
         assert ended(client) == "eof"
 
 
-# -- on fakes: what the kernel may do and seldom does -----------------------------------------------------------
+# -- on fakes: what the kernel may do and seldom does -------------------------------------------------------
 
 
 @pytest.fixture

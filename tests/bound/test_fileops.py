@@ -62,7 +62,7 @@ def content(source: Any, table: Table) -> bytes:
 
 
 def opened_with_python(path: Path) -> Any:
-    return open(path, "rb")  # noqa: SIM115
+    return open(path, "rb")
 
 
 KINDS = {
@@ -227,7 +227,7 @@ def test_reading_beyond_a_new_end_says_so(path: Path, table: Table) -> None:
     source.close()
 
 
-# -- TransmitFile ---------------------------------------------------------------------------------------------
+# -- TransmitFile -------------------------------------------------------------------------------------------
 
 
 def transmit(table: Table, sock: Any, source: Any, amount: int, head: bytes, tail: bytes) -> tuple[int, int]:

@@ -96,7 +96,12 @@ CASES = {
     "exclusive": flag(True),
     "dualstack": flag(None, none=True),
     "reject_remote": flag(True),
-    "pipe_security": Case(None, ["D:(A;;GA;;;WD)", "O:BAD:"], ["", "everybody"], "in SDDL, such as 'D:(A;;GA;;;WD)', or None"),
+    "pipe_security": Case(
+        None,
+        ["D:(A;;GA;;;WD)", "O:BAD:"],
+        ["", "everybody"],
+        "in SDDL, such as 'D:(A;;GA;;;WD)', or None",
+    ),
 }
 OF_WRONG_TYPE: list[Any] = ["5", b"5", [5], {}, object(), 1 + 2j]
 
