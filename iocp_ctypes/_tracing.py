@@ -183,6 +183,10 @@ class TracedSocket(_StandIn):
         size = operation.length
         return self._submit("send", self.inner.send, operation, handler, arguments, size)
 
+    def transmit(self, operation: Any, handler: Handler) -> int:
+        """Record a TransmitFile."""
+        return self._submit("transmit", self.inner.transmit, operation, handler, (), operation.length)
+
     def connect(self, operation: Operation, handler: Handler, *arguments: Any) -> int:
         """Record a connect."""
         return self._submit("connect", self.inner.connect, operation, handler, arguments, 0)

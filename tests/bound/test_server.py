@@ -28,8 +28,7 @@ from support import (
     wait_until,
 )
 
-from iocp_ctypes import OPTIONS, Connection, ConnectionClosedError, Engine, Server, Usage, _win32
-from iocp_ctypes import server as server_module
+from iocp_ctypes import OPTIONS, Connection, ConnectionClosedError, Engine, Server, Usage, _listening, _win32
 
 # -- what is refused before a socket exists -----------------------------------------------------------------
 
@@ -1181,4 +1180,4 @@ def test_the_defaults_are_those_of_the_documentation() -> None:
         "tls": None,
         "tls_handshake_timeout": 10,
     }
-    assert server_module.LISTEN_BACKLOG_MIN == 200
+    assert _listening.LISTEN_BACKLOG_MIN == 200
