@@ -368,8 +368,7 @@ class Stream:
         It returns before the bytes are sent; `close` waits for them.
         """
         checked = as_bytes(data)
-        self._hand_over(lambda: self._feed.send(checked), timeout, "write()")
-        self._written += len(checked)
+        self._hand_over(lambda: self._feed.send(checked), len(checked), timeout, "write()")
 
     def send_file(
         self,
@@ -394,16 +393,14 @@ class Stream:
         It returns before the file is sent, and the file object may be closed; `close` waits for it.
         """
         job = make_job(file, offset, count, header, trailer)
-        size = job.size
         try:
-            self._hand_over(lambda: self._feed._send_job(job), timeout, "send_file()")
+            self._hand_over(lambda: self._feed._send_job(job), job.size, timeout, "send_file()")
         except BaseException:
             job.source.close()
             raise
-        self._written += size
 
-    def _hand_over(self, send: Callable[[], object], timeout: Any, what: str) -> None:
-        """Send when earlier bytes have drained."""
+    def _hand_over(self, send: Callable[[], object], size: int, timeout: Any, what: str) -> None:
+        """Send so many bytes when earlier ones have drained."""
         feed = self._feed
         with feed.changed:
             if self._closed:
@@ -420,6 +417,7 @@ class Stream:
                 if feed._state >= life.JOINING:  # on_close is on its way, and knows why
                     self._wait(lambda: feed.over, timeout, what)
                 raise self._gone(what) from None
+            self._written += size
 
     def write_eof(self) -> None:
         """Half-close: the peer reads what was written and then the end; reading goes on. Never blocks."""
