@@ -485,13 +485,8 @@ def open_socket(
     return opened
 
 
-def adopt_socket(python_socket: Any, proactor: Proactor, port: CompletionPort) -> OverlappedSocket:
-    """Take over a connected `socket.socket`, which is closed for its owner then; ours is what it was.
-
-    Raises:
-        TypeError, ValueError: not a connected stream socket. OSError: it has another completion port. In all
-        these cases it stays its owner's.
-    """
+def check_adoptable(python_socket: Any) -> Address:
+    """Return the peer of a connected stream socket; TypeError or ValueError for all else."""
     if not isinstance(python_socket, socket.socket):
         raise TypeError(f"sock={python_socket!r}: must be a connected socket.socket")
     if (
@@ -500,9 +495,18 @@ def adopt_socket(python_socket: Any, proactor: Proactor, port: CompletionPort) -
     ):
         raise ValueError(f"sock={python_socket!r}: must be a connected IPv4 or IPv6 stream socket")
     try:
-        python_socket.getpeername()
+        peer: Address = python_socket.getpeername()
     except OSError as exc:
         raise ValueError(f"sock={python_socket!r}: is not connected: {exc}") from exc
+    return peer
+
+
+def adopt_socket(python_socket: Any, proactor: Proactor, port: CompletionPort) -> OverlappedSocket:
+    """Take over a connected `socket.socket`, which is closed for its owner then; ours is what it was.
+
+    OSError: it has another completion port. Then, and where `check_adoptable` raises, it stays its owner's.
+    """
+    check_adoptable(python_socket)
     adopted = OverlappedSocket(python_socket.fileno(), int(python_socket.family), proactor)
     adopted.adopt(port)
     python_socket.detach()

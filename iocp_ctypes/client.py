@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import socket
 from typing import TYPE_CHECKING, Any
 
 from ._addresses import (
@@ -29,7 +28,7 @@ from ._handover import set_options
 from ._lifetime import Home
 from ._options import ClientOptions, Settings, check_timeout, make_settings
 from ._pipeconnector import PipeConnector
-from ._sockops import adopt_socket
+from ._sockops import adopt_socket, check_adoptable
 from .connection import Connection
 from .engine import Engine, enter_engine
 
@@ -133,7 +132,7 @@ def _adopt(
 ) -> Connection:
     """What Engine.adopt does."""
     settings, first = _client_settings(options), as_bytes(data)
-    peer = sock.getpeername() if isinstance(sock, socket.socket) and sock.fileno() >= 0 else ("", 0)
+    peer = check_adoptable(sock)
     connection = _make(handler, peer)
     client = _Client(engine)
     try:
