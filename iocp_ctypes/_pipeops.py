@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 import threading
 from collections.abc import Callable
 from ctypes import addressof, byref, c_void_p, create_string_buffer, sizeof
@@ -184,9 +185,9 @@ class PipeName:
         Raises:
             OSError: the name is taken. ValueError: `sddl` is not understood.
         """
+        self._anchor, self._descriptor = _win32.INVALID_HANDLE_VALUE, c_void_p()
         self.name = name
         self._mode = _win32files.PIPE_REJECT_REMOTE_CLIENTS if reject_remote else 0
-        self._descriptor = c_void_p()
         text = f"D:P(A;;GA;;;{_own_sid()})" if sddl is None else sddl
         if not _win32files.ConvertStringSecurityDescriptorToSecurityDescriptorW(
             text, _win32files.SDDL_REVISION_1, byref(self._descriptor), None
@@ -196,7 +197,6 @@ class PipeName:
         self._security = _win32files.SECURITY_ATTRIBUTES(
             sizeof(_win32files.SECURITY_ATTRIBUTES), self._descriptor, False
         )
-        self._anchor = _win32.INVALID_HANDLE_VALUE
         anchor = self.instance(_win32files.FILE_FLAG_FIRST_PIPE_INSTANCE)
         if anchor == _win32.INVALID_HANDLE_VALUE:
             code = ctypes.get_last_error()
@@ -207,6 +207,11 @@ class PipeName:
         if not _win32files.DisconnectNamedPipe(anchor):
             _connect_once(name)  # some disconnect only what was connected
             _win32files.DisconnectNamedPipe(anchor)
+
+    def __del__(self) -> None:
+        """Give back a name that nobody started to serve."""
+        if sys is not None and not sys.is_finalizing():  # else the system does it in a moment
+            self.close()
 
     def instance(self, flags: int = 0) -> int:
         """Make an instance: its handle, or INVALID_HANDLE_VALUE."""

@@ -100,12 +100,6 @@ def error_code(status: int) -> int:
     return winsock_code(status) or int(_win32.RtlNtStatusToDosError(status & 0xFFFFFFFF))
 
 
-def _set_information(handle: int, kind: int, value: Any) -> int:
-    """Set something of a file object; returns the NTSTATUS."""
-    block = _win32files.IO_STATUS_BLOCK()
-    return int(_win32files.NtSetInformationFile(handle, byref(block), byref(value), sizeof(value), kind))
-
-
 class OverlappedSocket:
     """A stream socket: receive, send, cancel, shut down, close, options."""
 
@@ -346,8 +340,9 @@ class OverlappedSocket:
 
         The caller has joined all operations. Nothing is left to close.
         """
-        nothing = _win32files.FILE_COMPLETION_INFORMATION(0, 0)
-        _set_information(self._handle, _win32files.FILE_REPLACE_COMPLETION, nothing)
+        block, nothing = _win32files.IO_STATUS_BLOCK(), _win32files.FILE_COMPLETION_INFORMATION(0, 0)
+        arguments = byref(block), byref(nothing), sizeof(nothing), _win32files.FILE_REPLACE_COMPLETION
+        _win32files.NtSetInformationFile(self._handle, *arguments)
         made = socket.socket(self.family, socket.SOCK_STREAM, socket.IPPROTO_TCP, fileno=self._handle)
         self._proactor.sockets.discard(self._handle)
         self._handle = _win32.INVALID_SOCKET
@@ -571,13 +566,8 @@ def open_socket(
     return opened
 
 
-def adopt_socket(python_socket: Any, proactor: Proactor, port: CompletionPort) -> OverlappedSocket:
-    """Take over a connected `socket.socket`, which is closed for its owner then; ours is what it was.
-
-    Raises:
-        TypeError, ValueError: not a connected stream socket. OSError: it has another completion port. In all
-        these cases it stays its owner's.
-    """
+def check_adoptable(python_socket: Any) -> Address:
+    """Return the peer of a connected stream socket; TypeError or ValueError for all else."""
     if not isinstance(python_socket, socket.socket):
         raise TypeError(f"sock={python_socket!r}: must be a connected socket.socket")
     if (
@@ -586,9 +576,18 @@ def adopt_socket(python_socket: Any, proactor: Proactor, port: CompletionPort) -
     ):
         raise ValueError(f"sock={python_socket!r}: must be a connected IPv4 or IPv6 stream socket")
     try:
-        python_socket.getpeername()
+        peer: Address = python_socket.getpeername()
     except OSError as exc:
         raise ValueError(f"sock={python_socket!r}: is not connected: {exc}") from exc
+    return peer
+
+
+def adopt_socket(python_socket: Any, proactor: Proactor, port: CompletionPort) -> OverlappedSocket:
+    """Take over a connected `socket.socket`, which is closed for its owner then; ours is what it was.
+
+    OSError: it has another completion port. Then, and where `check_adoptable` raises, it stays its owner's.
+    """
+    check_adoptable(python_socket)
     adopted = OverlappedSocket(python_socket.fileno(), int(python_socket.family), proactor)
     try:
         adopted.adopt(port)

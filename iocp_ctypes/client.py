@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import socket
 from typing import TYPE_CHECKING, Any
 
 from ._addresses import (
@@ -30,7 +29,7 @@ from ._handover import set_options
 from ._lifetime import Home
 from ._options import ClientOptions, Settings, check_timeout, make_settings
 from ._pipeconnector import PipeConnector
-from ._sockops import adopt_socket
+from ._sockops import adopt_socket, check_adoptable
 from ._tlschannel import make_codec
 from ._tracing import Trace
 from .connection import Connection
@@ -170,7 +169,7 @@ def _adopt(
     settings, first = _client_settings(options), as_bytes(data)
     if settings.tls is not None:
         raise ValueError("tls=: adopt() cannot know which side this is; call start_tls in on_connect")
-    peer = sock.getpeername() if isinstance(sock, socket.socket) and sock.fileno() >= 0 else ("", 0)
+    peer = check_adoptable(sock)
     connection = _make(handler, peer)
     client = _Client(engine)
     try:

@@ -2,7 +2,7 @@
 
 Laws
 1. What moves inside is in `_channel` and what builds on it up to `_detaching`; this file is the face.
-2. Methods are thread-safe and do not block, except `wait_closed`.
+2. Methods are thread-safe and do not block, except `wait_closed` and `detach`; `send_file` opens a file.
 3. A tunable that is set on a connection is this connection's own from then on; the others keep theirs.
 """
 

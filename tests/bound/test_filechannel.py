@@ -346,10 +346,12 @@ def _read_what_comes(sock: socket.socket) -> None:
 
 
 def test_stop_ends_files_too(way: str, large: Path) -> None:
-    with serving(Recorder, stop_timeout=0.2) as server, raw(server.address):
+    with serving(Recorder, stop_timeout=0.2) as server:
+        client = raw(server.address)  # which outlives the server
         (connection,) = made(Recorder)
         connection.until("connect")
         connection.send_file(large)
+    client.close()
     assert connection.close_reason == "shutdown"
     connection.check()
 
@@ -414,6 +416,12 @@ def test_after_send_eof_no_file_is_taken(tmp_path: Path) -> None:
 # -- on fakes: what the kernel may do and seldom does -------------------------------------------------------
 
 
+class FileRig(Rig):
+    """A rig with a file of a thousand bytes."""
+
+    small: Path
+
+
 @pytest.fixture
 def fakes(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     """An engine whose clock all look at; whichever thread sends does as on Windows."""
@@ -425,10 +433,10 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
 
 
 @pytest.fixture
-def rig(tmp_path: Path, fakes: FakeEngine) -> Iterator[Rig]:
-    made = Rig(engine=fakes)
-    made.small = tmp_path / "small"  # type: ignore[attr-defined]
-    made.small.write_bytes(bytes(1000))  # type: ignore[attr-defined]
+def rig(tmp_path: Path, fakes: FakeEngine) -> Iterator[FileRig]:
+    made = FileRig(engine=fakes)
+    made.small = tmp_path / "small"
+    made.small.write_bytes(bytes(1000))
     yield made
     if not made.sock.closed:
         made.end()
@@ -451,7 +459,9 @@ class Sized:
         self.closed += 1
 
 
-def send_sized(rig: Rig, monkeypatch: pytest.MonkeyPatch, size: int, position: int = 0, **more: Any) -> Sized:
+def send_sized(
+    rig: FileRig, monkeypatch: pytest.MonkeyPatch, size: int, position: int = 0, **more: Any
+) -> Sized:
     source = Sized(size, position)
     monkeypatch.setattr("iocp_ctypes._filechannel.open_source", lambda *_: source)
     rig.serve(lambda: rig.connection.send_file("name", **more))
@@ -459,7 +469,7 @@ def send_sized(rig: Rig, monkeypatch: pytest.MonkeyPatch, size: int, position: i
 
 
 def test_slices_stay_below_two_gigabytes_and_grow_while_the_peer_is_quick(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
+    rig: FileRig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size, start = 20 << 30, (5 << 30) + 3
     source = send_sized(rig, monkeypatch, size, start, header=b"head", trailer=b"tail")
@@ -480,7 +490,7 @@ def test_slices_stay_below_two_gigabytes_and_grow_while_the_peer_is_quick(
 
 
 def test_slices_shrink_when_the_peer_is_slow_and_its_progress_counts(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
+    rig: FileRig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     send_sized(rig, monkeypatch, 1 << 30)
     for seconds in (0.0, 0.0, TRANSMIT_QUICK * 2, TRANSMIT_QUICK * 5, 100.0, 100.0):
@@ -491,8 +501,8 @@ def test_slices_shrink_when_the_peer_is_slow_and_its_progress_counts(
     assert amounts == [1, 4, 16, 16, 4, 1, 1]
 
 
-def test_header_file_and_trailer_are_one_call(rig: Rig) -> None:
-    rig.serve(lambda: rig.connection.send_file(rig.small, header=b"head", trailer=b"tail"))  # type: ignore[attr-defined]
+def test_header_file_and_trailer_are_one_call(rig: FileRig) -> None:
+    rig.serve(lambda: rig.connection.send_file(rig.small, header=b"head", trailer=b"tail"))
     assert rig.sock.transmitted == [(0, 1000)]
     assert rig.sock.lengths == [1008]
     assert rig.connection.sendcap.in_use == 1
@@ -501,10 +511,10 @@ def test_header_file_and_trailer_are_one_call(rig: Rig) -> None:
     assert rig.connection.write_buffer_size == 0
 
 
-def test_a_file_waits_for_all_sends_before_it(rig: Rig) -> None:
+def test_a_file_waits_for_all_sends_before_it(rig: FileRig) -> None:
     rig.sock.plan(sends=[Hold(), Hold()])
     rig.serve(lambda: (rig.connection.send(b"one"), rig.connection.send(b"two")))
-    rig.serve(lambda: rig.connection.send_file(rig.small))  # type: ignore[attr-defined]
+    rig.serve(lambda: rig.connection.send_file(rig.small))
     rig.serve(lambda: rig.connection.send(b"three"))
     assert rig.sock.transmitted == []
     rig.complete()
@@ -516,18 +526,18 @@ def test_a_file_waits_for_all_sends_before_it(rig: Rig) -> None:
     assert rig.held() == [b"three"]
 
 
-def test_a_transmit_that_completes_at_once(rig: Rig) -> None:
+def test_a_transmit_that_completes_at_once(rig: FileRig) -> None:
     rig.sock.plan(sends=[AtOnce(), AtOnce()])
-    rig.serve(lambda: rig.connection.send_file(rig.small, header=b"head"))  # type: ignore[attr-defined]
+    rig.serve(lambda: rig.connection.send_file(rig.small, header=b"head"))
     rig.serve(lambda: rig.connection.send(b"behind"))
     assert bytes(rig.sock.sent[:4]) == b"head"
     assert rig.connection.names == ["connect", "drain"]
     assert rig.connection.bytes_sent in (1004, 1010)
 
 
-def test_short_of_buffers_the_file_goes_on_where_it_was(rig: Rig) -> None:
+def test_short_of_buffers_the_file_goes_on_where_it_was(rig: FileRig) -> None:
     rig.sock.plan(sends=[Fail(WSAENOBUFS)])
-    rig.serve(lambda: rig.connection.send_file(rig.small, header=b"head", trailer=b"tail"))  # type: ignore[attr-defined]
+    rig.serve(lambda: rig.connection.send_file(rig.small, header=b"head", trailer=b"tail"))
     assert rig.sock.sends == []
     assert rig.engine.retries == 1
     rig.advance(RETRY_FIRST)
@@ -541,12 +551,12 @@ def test_short_of_buffers_the_file_goes_on_where_it_was(rig: Rig) -> None:
     assert bytes(rig.sock.sent) == b"head" + b"F" * 1000 + b"tail"
 
 
-def test_a_provider_that_does_not_transmit_has_the_file_read(rig: Rig) -> None:
+def test_a_provider_that_does_not_transmit_has_the_file_read(rig: FileRig) -> None:
     rig.sock.plan(sends=[Fail(WSAEOPNOTSUPP)])
     rig.engine.port.associate = lambda _handle: None  # type: ignore[method-assign]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_fileops, "_own_handle", _plain_duplicate)
-        rig.serve(lambda: rig.connection.send_file(rig.small, header=b"head", trailer=b"tail"))  # type: ignore[attr-defined]
+        rig.serve(lambda: rig.connection.send_file(rig.small, header=b"head", trailer=b"tail"))
     while rig.sock.sends:
         rig.complete()
     assert bytes(rig.sock.sent) == b"head" + bytes(1000) + b"tail"
@@ -561,50 +571,50 @@ def _plain_duplicate(handle: int) -> tuple[int, bool]:
     return int(own.value), False
 
 
-def test_a_transmit_that_brings_too_little_is_a_file_that_shrank(rig: Rig) -> None:
-    rig.serve(lambda: rig.connection.send_file(rig.small, trailer=b"tail"))  # type: ignore[attr-defined]
+def test_a_transmit_that_brings_too_little_is_a_file_that_shrank(rig: FileRig) -> None:
+    rig.serve(lambda: rig.connection.send_file(rig.small, trailer=b"tail"))
     rig.complete(part=600)
     assert rig.connection.close_reason == "error"
     assert "a file ended 400 bytes early" in str(rig.connection.calls[-1].value)
     assert "reset_on_close" in rig.sock.calls
 
 
-def test_the_systems_own_word_for_it_says_the_same(rig: Rig) -> None:
-    rig.serve(lambda: rig.connection.send_file(rig.small))  # type: ignore[attr-defined]
+def test_the_systems_own_word_for_it_says_the_same(rig: FileRig) -> None:
+    rig.serve(lambda: rig.connection.send_file(rig.small))
     rig.complete(part=600, status=STATUS_END_OF_FILE)
     assert rig.connection.close_reason == "error"
     assert "400 bytes early" in str(rig.connection.calls[-1].value)
 
 
 @pytest.mark.parametrize("at_once", [True, False])
-def test_a_peer_that_is_gone_is_no_matter_of_the_file(rig: Rig, at_once: bool) -> None:
+def test_a_peer_that_is_gone_is_no_matter_of_the_file(rig: FileRig, at_once: bool) -> None:
     if at_once:
         rig.sock.plan(sends=[Fail(WSAECONNRESET)])
-    rig.serve(lambda: rig.connection.send_file(rig.small))  # type: ignore[attr-defined]
+    rig.serve(lambda: rig.connection.send_file(rig.small))
     if not at_once:
         rig.complete(part=0, status=STATUS_RESET)
     assert rig.connection.close_reason == "reset"
     assert isinstance(rig.connection.calls[-1].value, ConnectionResetError)
 
 
-def test_an_operation_that_the_system_dropped_ends_the_connection(rig: Rig) -> None:
+def test_an_operation_that_the_system_dropped_ends_the_connection(rig: FileRig) -> None:
     """Wine does so where the thread ends that issued it; how much was sent nobody knows."""
-    rig.serve(lambda: rig.connection.send_file(rig.small))  # type: ignore[attr-defined]
+    rig.serve(lambda: rig.connection.send_file(rig.small))
     rig.complete(part=0, status=0x103)
     assert rig.connection.close_reason == "aborted"
 
 
-def test_abort_before_the_call_is_made(rig: Rig) -> None:
-    rig.connection.send_file(rig.small)  # type: ignore[attr-defined]  # it waits for the I/O thread
+def test_abort_before_the_call_is_made(rig: FileRig) -> None:
+    rig.connection.send_file(rig.small)  # it waits for the I/O thread
     rig.connection.abort()
     rig.run()
     assert rig.sock.transmitted == []
     rig.ended()
 
 
-def test_a_cancel_that_is_lost_is_repeated(rig: Rig) -> None:
+def test_a_cancel_that_is_lost_is_repeated(rig: FileRig) -> None:
     rig.sock.cancels_at_once = False
-    rig.serve(lambda: rig.connection.send_file(rig.small))  # type: ignore[attr-defined]
+    rig.serve(lambda: rig.connection.send_file(rig.small))
     rig.connection.abort()
     rig.run()
     for number in range(1, 5):
@@ -616,7 +626,7 @@ def test_a_cancel_that_is_lost_is_repeated(rig: Rig) -> None:
     rig.ended()
 
 
-def test_abort_during_the_call_cancels_it(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_abort_during_the_call_cancels_it(rig: FileRig, monkeypatch: pytest.MonkeyPatch) -> None:
     issue = rig.sock.transmit
 
     def transmit(operation: Any, handler: Any) -> int:
@@ -626,11 +636,11 @@ def test_abort_during_the_call_cancels_it(rig: Rig, monkeypatch: pytest.MonkeyPa
         return issue(operation, handler)
 
     monkeypatch.setattr(rig.sock, "transmit", transmit)
-    rig.serve(lambda: rig.connection.send_file(rig.small))  # type: ignore[attr-defined]
+    rig.serve(lambda: rig.connection.send_file(rig.small))
     rig.ended()
 
 
-def test_a_slow_reader_is_not_read_ahead_for(rig: Rig) -> None:
+def test_a_slow_reader_is_not_read_ahead_for(rig: FileRig) -> None:
     rig.sock.transmits = False
     content = random.Random(3).randbytes(10 * FILE_AHEAD)
     rig.serve(lambda: rig.connection.send_file(io.BytesIO(content)))

@@ -229,10 +229,9 @@ def test_an_engine_refuses_what_a_server_does() -> None:
     with socket.socket() as unconnected:
         for arguments, options, kind in (
             ((5, Echo), {}, TypeError),
-            ((unconnected, Echo), {}, (ValueError, OSError)),
-            ((unconnected, 5), {}, (TypeError, OSError)),
+            ((unconnected, Echo), {}, ValueError),
         ):
-            with pytest.raises(kind):
+            with pytest.raises(kind, match="sock="):
                 engine.adopt(*arguments, **options)
     left, right = pair()
     for options, kind in (({"backlog": 5}, TypeError), ({"sendcap": 0}, ValueError)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import random
 import socket
@@ -290,6 +291,10 @@ def test_before_the_start_the_name_is_ours_and_clients_wait() -> None:
 
 def test_a_server_that_never_started_gives_the_name_back() -> None:
     name = new_name()
+    Server(name, Echo)
+    gc.collect()
+    with pytest.raises(OSError, match="failed with 2"):
+        Plain(name)
     Server(name, Echo).server_close()
     with pytest.raises(OSError, match="failed with 2"):
         Plain(name)

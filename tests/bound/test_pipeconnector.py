@@ -141,7 +141,8 @@ class Connecting:
         self.attempts: list[float] = []
         self.told: list[Any] = []
         monkeypatch.setattr(_pipeconnector, "open_pipe", self._open)
-        self.connector = PipeConnector(self.engine, "NAME", timeout, lambda *told: self.told.append(told))  # type: ignore[arg-type]
+        engine: Any = self.engine
+        self.connector = PipeConnector(engine, "NAME", timeout, lambda *told: self.told.append(told))
         self.connector.start()
         self.engine.dispatcher.run()
 
