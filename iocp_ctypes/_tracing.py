@@ -204,7 +204,7 @@ class TracedSocket(_StandIn):
         retire = functools.partial(self._retire, handler, False, what, number)
         began = perf_counter_ns()
         code = issue(operation, retire, *arguments)
-        if code == COMPLETED and what == "send":
+        if code == COMPLETED and what != "connect":
             size = int(operation.InternalHigh)
         backlog, sends, receives, queued = self._knobs()
         if code == PENDING and what == "send" and sends is not None:
