@@ -87,6 +87,11 @@ class TLSChannel(FileChannel):
         """Begin the handshake, where there is one, which then calls on_connect. On the strand."""
         shaking = self._shaking
         if shaking is None or not shaking.first:
+            if shaking is not None and self._tls is not None:  # another thread called start_tls already
+                with self._lock:
+                    self.bytes_received += len(first)
+                    self._tls.feed(first)
+                first = b""
             super()._begin(first)
             return
         if self._state >= life.JOINING:

@@ -218,7 +218,7 @@ class Engine:
                 closed for its owner. Not one that belongs to another completion port.
             handler: a Connection subclass, or a factory called with (None, peer address).
             data: bytes that were received from it already, which on_data gets first.
-            options: as for `connect`.
+            options: as for `connect`, without `tls`: `start_tls` in on_connect says which side this is.
 
         Returns:
             The Connection; on_connect follows, on an I/O thread. The engine starts where it has not, and runs
