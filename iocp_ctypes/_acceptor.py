@@ -20,6 +20,7 @@ from typing import Final
 from ._caps import Recovery
 from ._errors import ERROR_OPERATION_ABORTED, RESOURCE_CODES, winsock_code
 from ._options import Usage
+from ._pipeops import ListeningPipe, OverlappedPipe
 from ._proactor import Operation
 from ._sockops import NOT_CONNECTED, AcceptOperation, ListeningSocket, OverlappedSocket
 from ._tracing import Knobs, Trace, TracedListener, other_number, rings_of, traced
@@ -39,13 +40,17 @@ SILENT_LOOK_MAX: Final = 1.0
 
 log = logging.getLogger("iocp_ctypes")
 
+#: What can listen, and what comes of it. A pipe's ConnectNamedPipe is called an AcceptEx in here.
+Listening = ListeningSocket | ListeningPipe
+Accepted = OverlappedSocket | OverlappedPipe
+
 
 class _Pool:
     """One listening socket and its AcceptEx operations."""
 
     __slots__ = ("listening", "number", "operations", "share")
 
-    def __init__(self, listening: ListeningSocket) -> None:
+    def __init__(self, listening: Listening) -> None:
         self.listening = listening  # or what stands in for it while it is traced
         self.number = 0  # of its records in a trace
         self.operations: dict[int, AcceptOperation] = {}  # by address
@@ -57,13 +62,13 @@ class Acceptor:
 
     def __init__(
         self,
-        sockets: list[ListeningSocket],
+        sockets: list[Listening],
         watchdog: Watchdog,
         cap: int,
         data_size: int,
         room: Callable[[], int],
         admit: Callable[[], None],
-        accepted: Callable[[OverlappedSocket, bytes], None],
+        accepted: Callable[[Accepted, bytes], None],
     ) -> None:
         """Make an acceptor; `top_up` starts it.
 

@@ -5,6 +5,7 @@ Laws
    `socket`.
 2. An IPv4 peer of a dual-stack socket is an IPv4 peer: `::ffff:a.b.c.d` becomes `a.b.c.d`.
 3. No name is looked up for a peer.
+4. A pipe's name is a str that begins with PIPE_PREFIX, the address of its ends is (name, process id).
 """
 
 from __future__ import annotations
@@ -19,11 +20,20 @@ Address = tuple[Any, ...]
 
 #: Windows' number of the IPv6 family; it differs from Linux, where the pure tests run.
 WINDOWS_AF_INET6: Final = 23
+#: What the names of pipes of this machine begin with; their case does not matter.
+PIPE_PREFIX: Final = "\\\\.\\pipe\\"
+#: Characters of the rest: 256 are allowed for all of it.
+PIPE_NAME_MAX: Final = 256 - len(PIPE_PREFIX)
 _MAPPED_PREFIX: Final = bytes(10) + b"\xff\xff"
 
 
-def parse_sockaddr(raw: bytes) -> Address | None:
-    """Read a Windows SOCKADDR_IN or SOCKADDR_IN6; None where the kernel left none (a peer already gone)."""
+def parse_sockaddr(raw: bytes | Address) -> Address | None:
+    """Read a Windows SOCKADDR_IN or SOCKADDR_IN6; None where the kernel left none (a peer already gone).
+
+    The address of a pipe is one already.
+    """
+    if isinstance(raw, tuple):
+        return raw
     if len(raw) < 16:
         return None
     family = raw[0] | raw[1] << 8
@@ -86,12 +96,29 @@ def interleave(places: list[tuple[int, Address]]) -> list[tuple[int, Address]]:
     return mixed
 
 
-def format_address(address: Address | None) -> str:
-    """Write an address for a person: `127.0.0.1:80`, `[::1]:80`."""
+def format_address(address: Address | str | None) -> str:
+    r"""Write an address for a person: `127.0.0.1:80`, `[::1]:80`, `\\.\pipe\NAME`."""
     if not address:
         return "an unknown address"
+    if isinstance(address, str):
+        return address
+    if str(address[0]).startswith(PIPE_PREFIX):
+        return f"{address[0]} (process {address[1]})"
     host, port = address[0], address[1]
     return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
+
+
+def check_pipe_name(name: str) -> str:
+    r"""Return the name of a pipe of this machine, `\\.\pipe\NAME`; ValueError where it is none."""
+    shape = (
+        rf"a pipe's name is {PIPE_PREFIX}NAME; NAME is 1 to {PIPE_NAME_MAX} characters without a backslash"
+    )
+    if not _is_pipe(name):
+        raise ValueError(f"address={name!r}: {shape}; an address is (host, port)")
+    rest = name[len(PIPE_PREFIX) :]
+    if not 0 < len(rest) <= PIPE_NAME_MAX or "\\" in rest or "\0" in rest:
+        raise ValueError(f"address={name!r}: {shape}")
+    return PIPE_PREFIX + rest
 
 
 def check_address(address: object) -> Address:
@@ -116,30 +143,46 @@ def check_address(address: object) -> Address:
     return address
 
 
+def _is_pipe(name: object) -> bool:
+    return isinstance(name, str) and name.lower().startswith(PIPE_PREFIX)
+
+
 def _is_one_address(address: object) -> bool:
-    return isinstance(address, tuple) and len(address) in (2, 4) and isinstance(address[0], str)
+    return (
+        isinstance(address, tuple)
+        and len(address) in (2, 4)
+        and isinstance(address[0], str)
+        and not _is_pipe(address[0])
+    )
 
 
-def check_addresses(address: Any) -> list[Address | socket.socket]:
-    """Return the addresses and bound sockets that a server is to listen on; see `check_address`."""
-    if _is_one_address(address) or isinstance(address, socket.socket):
+def check_addresses(address: Any) -> list[Address | socket.socket | str]:
+    """Return the addresses, bound sockets and names of pipes that a server is to listen on.
+
+    See `check_address` and `check_pipe_name`.
+    """
+    if _is_one_address(address) or isinstance(address, (socket.socket, str)):
         several: Iterable[Any] = [address]
     elif isinstance(address, Iterable) and not isinstance(address, (str, bytes, tuple)):
         several = list(address)
     elif (
         isinstance(address, tuple)
         and address
-        and all(isinstance(part, (tuple, socket.socket)) for part in address)
+        and all(isinstance(part, (tuple, socket.socket)) or _is_pipe(part) for part in address)
     ):
         several = address
     else:
         several = [address]
-    checked = [
-        _check_socket(one) if isinstance(one, socket.socket) else check_address(one) for one in several
-    ]
+    checked = [_check_one(one) for one in several]
     if not checked:
         raise ValueError(f"address={address!r}: names no address to listen on")
     return checked
+
+
+def _check_one(one: Any) -> Address | socket.socket | str:
+    if isinstance(one, str):
+        return check_pipe_name(one)
+    return _check_socket(one) if isinstance(one, socket.socket) else check_address(one)
 
 
 def _check_socket(sock: socket.socket) -> socket.socket:

@@ -159,6 +159,16 @@ class Burst:
         self.calm = not ahead and self.wanted == 1
         self.wanted = max(1, min(cap, self.wanted + 1 if ahead else self.wanted - 1))
 
+    def waiting(self) -> list[bytes]:
+        """Return the bytes that have come and are next in order, without taking them."""
+        found: list[bytes] = []
+        number = self.next
+        while (what := self.arrived.get(number)) is NOTHING or isinstance(what, bytes):
+            if isinstance(what, bytes):
+                found.append(what)
+            number += 1
+        return found
+
     def forget(self) -> Any:
         """Forget what has come; returns the first end that was among it, or NOTHING."""
         ends = [

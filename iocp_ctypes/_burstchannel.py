@@ -40,7 +40,10 @@ class BurstChannel(Channel):
     # -- posting --------------------------------------------------------------------------------------------
 
     def _post_burst(self) -> None:
-        """Take over the receiving, or go on with it. Needs the lock."""
+        """Take over the receiving, or go on with it; a pipe has one receive at a time. Needs the lock."""
+        if not self._socket.bursts:
+            self._post_receive(self._settings.recv_size)
+            return
         if self._burst is None:
             self._burst = Burst()
         self._burst_go_on()

@@ -21,7 +21,9 @@ from typing import Any, Final
 
 from . import _lifecycle as life
 from ._errors import (
+    ERROR_BROKEN_PIPE,
     RESOURCE_CODES,
+    STATUS_CANCELLED,
     STATUS_PENDING,
     ConnectionClosedError,
     error_from_code,
@@ -93,17 +95,15 @@ class Channel(Lifetime):
         self._opened = True
         if self._logged:
             self._log_begin()
+        if first:
+            self.bytes_received += len(first)
+            self._stash = [first]
         self._call(self.on_connect)
         with self._lock:
             if self._state < life.JOINING:  # what was asked for before it was connected
                 self._flush()
                 self._advance()
-        if first:
-            self.bytes_received += len(first)
-            self._deliver(first)
-        else:
-            with self._lock:
-                self._receive_next()
+        self._deliver_stash()
 
     # -- receiving ------------------------------------------------------------------------------------------
 
@@ -129,7 +129,7 @@ class Channel(Lifetime):
             self.last_activity = now
         strand = self._strand
         if self._home.executor is not None or not strand.enter():
-            strand.post(self._deliver, data)
+            self._deliver_later(data)
             return
         if self._state != life.OPEN or self._detour:  # looked at on the strand: on_close may have been here
             self._deliver(data)
@@ -148,6 +148,15 @@ class Channel(Lifetime):
             else:
                 self._receive_next()
         strand.leave()
+
+    def _deliver_later(self, data: bytes) -> None:
+        """Have bytes delivered by the strand; until then they are in the stash, where `detach` finds them."""
+        with self._lock:
+            if self._state != life.OPEN or self._tls is not None:
+                self._strand.post(self._deliver, data)
+                return
+            self._stash = [*(self._stash or ()), data]
+            self._strand.post(self._deliver_stash)
 
     def _resize(self, transferred: int, gap: float) -> None:
         """Choose the size of the next receive in mode "auto".
@@ -175,6 +184,10 @@ class Channel(Lifetime):
                 self._join()
             elif status == STATUS_PENDING:
                 self._post_receive(operation.size)
+            elif status == STATUS_CANCELLED and self._state == life.OPEN:  # by `detach`, which has paused it
+                self._reading = IDLE
+                if not self._paused:
+                    self._post_receive(self._next_size)
             elif status:
                 self._reading = IDLE
                 self._receive_failed(error_code(status))
@@ -291,6 +304,13 @@ class Channel(Lifetime):
         """A receive could not be issued, or failed. Needs the lock."""
         if code in RESOURCE_CODES:
             self._retry_later("recvburst", 1)
+        elif code == ERROR_BROKEN_PIPE:  # how the other end of a pipe says EOF
+            self._eof_in = True
+            if self._state == life.OPEN:
+                self._reading = DELIVERING
+                self._strand.post(self._deliver_eof)
+            else:
+                self._advance()
         else:
             self._fail(reason_of(code), error_from_code(code))
 
@@ -324,6 +344,7 @@ class Channel(Lifetime):
                 self._state != life.OPEN
                 or self._eof_out
                 or flow.queued
+                or flow.files
                 or flow.sends >= settings.sendcap
                 or flow.alone is not None
                 or not 0 < length <= flow.at_once_max
@@ -380,7 +401,7 @@ class Channel(Lifetime):
         proactor = self._home.engine.proactor
         cap = self._settings.sendcap
         while flow.may_send(cap) and self._retry_due is None:
-            pieces, length = flow.take()
+            pieces, length = flow.take(gather=self._socket.gather_max)
             if not length:
                 self._nothing_encrypted()
                 return
@@ -393,6 +414,8 @@ class Channel(Lifetime):
                 code = self._socket.send(operation, self._sent, vector, count)
             if not self._issued(operation, code, pieces):
                 return
+        if flow.files:
+            self._go_on_with_files()
 
     def _issued(self, operation: Operation, code: int, pieces: list[Piece]) -> bool:
         """Account for a send that was issued; False where sending cannot go on now. Needs the lock."""

@@ -47,6 +47,7 @@ class Connector:
 
     local_raw = b""  # what a connection asks its socket for, while there is none
     receives_at_once = receives_by_packet = sends_at_once = sends_by_packet = 0
+    half_closes = True
 
     def __init__(
         self, engine: Engine, address: Address, local: Address | None, timeout: float | None, done: Done

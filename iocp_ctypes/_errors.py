@@ -23,6 +23,11 @@ STATUS_PENDING: Final = 0x103
 STATUS_CANCELLED: Final = 0xC0000120
 WSA_IO_PENDING: Final = 997
 ERROR_OPERATION_ABORTED: Final = 995
+ERROR_HANDLE_EOF: Final = 38
+ERROR_BROKEN_PIPE: Final = 109
+ERROR_PIPE_BUSY: Final = 231
+ERROR_NO_DATA: Final = 232
+ERROR_PIPE_CONNECTED: Final = 535
 WSAENOTSOCK: Final = 10038
 WSAEINVAL: Final = 10022
 WSAEWOULDBLOCK: Final = 10035
@@ -196,6 +201,28 @@ TABLE: Final[tuple[Failure, ...]] = (
     ),
     _row((0xC0000022,), (5,), 10013, PermissionError, "EACCES", CloseReason.ABORTED, "access is denied"),
     _row((0xC000000D,), (87,), 10022, OSError, "EINVAL", CloseReason.ABORTED, "an argument is not valid"),
+    # Named pipes have codes of their own; these rows have no Winsock code, so the Win32 code stands for it.
+    _row((0xC0000034,), (2,), 2, FileNotFoundError, "ENOENT", CloseReason.REFUSED, "there is no such pipe"),
+    _row((0xC000014B,), (109,), 109, BrokenPipeError, "EPIPE", CloseReason.RESET, "the other end has closed"),
+    _row(
+        (0xC00000AC, 0xC00000AE),
+        (231,),
+        231,
+        BlockingIOError,
+        "EAGAIN",
+        CloseReason.REFUSED,
+        "all instances of the pipe are taken",
+    ),
+    _row((0xC00000B1,), (232,), 232, BrokenPipeError, "EPIPE", CloseReason.RESET, "the other end has closed"),
+    _row(
+        (0xC00000B0,),
+        (233,),
+        233,
+        ConnectionResetError,
+        "ECONNRESET",
+        CloseReason.RESET,
+        "the other end broke the pipe off",
+    ),
     _row((), (), 10058, BrokenPipeError, "EPIPE", CloseReason.ABORTED, "sending was shut down"),
     _row((0xC0000005,), (998,), 10014, OSError, "EFAULT", CloseReason.ABORTED, "a pointer is not valid"),
 )

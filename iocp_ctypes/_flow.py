@@ -1,11 +1,13 @@
 """The write queue of a connection and its marks (layer P: pure, no I/O, no locks).
 
 Laws
-1. `size` is the number of bytes handed over and not yet accepted by the kernel: queued plus in flight. It
-   is the figure the marks and `write_buffer_max` are held against.
+1. `size` is the number of bytes handed over and not yet accepted by the kernel: queued, in flight and held
+   behind a file. It is the figure the marks and `write_buffer_max` are held against. A file's own bytes are
+   on disk and not in it.
 2. Bytes leave in the order in which they came. What a partial completion left over goes back to the head.
 3. An object is never copied: a piece is (bytes, start, stop). Who owns the bytes keeps them alive.
-4. `above` is true exactly from the moment `size` passes the high mark until it is at or below the low mark.
+4. `above` is true exactly from the moment `size` passes the high mark, or a file is handed over, until it is
+   at or below the low mark and no file is left.
 5. `lost` is true exactly when something handed over was forgotten before the kernel had accepted it.
 The caller holds the connection's lock.
 """
@@ -40,6 +42,8 @@ class WriteFlow:
         "above",
         "alone",
         "at_once_max",
+        "files",
+        "held",
         "in_flight",
         "lost",
         "most",
@@ -57,6 +61,8 @@ class WriteFlow:
         self.in_flight = 0  # bytes of sends that the kernel has
         self.sends = 0  # how many sends the kernel has
         self.at_once_max = SEND_SLICE_MAX  # most bytes that may go to the kernel without being queued here
+        self.files = 0  # how many files are not sent yet
+        self.held = 0  # bytes that wait for a file before them, headers and trailers of files included
         self.above = False
         self.lost = False
         self.newest: object = None  # the send in flight after which no byte has been sent
@@ -74,8 +80,8 @@ class WriteFlow:
 
     @property
     def size(self) -> int:
-        """Bytes queued and in flight."""
-        return self.queued + self.in_flight
+        """Bytes queued, in flight and held behind files."""
+        return self.queued + self.in_flight + self.held
 
     def push(self, data: bytes) -> None:
         """Queue a whole object at the tail."""
@@ -113,23 +119,23 @@ class WriteFlow:
         return taken, total
 
     def mark(self, high: int) -> bool:
-        """Note that bytes were added; return True where the queue is below or at the high mark."""
-        if self.queued + self.in_flight > high:
+        """Note that something was added; return True where the queue is below or at the high mark."""
+        if self.files or self.queued + self.in_flight > high:
             self.above = True
         return not self.above
 
     def relieved(self, low: int) -> bool:
-        """Return True exactly once after the size fell from above the high mark to the low mark."""
-        if self.above and self.queued + self.in_flight <= low:
+        """Return True exactly once after the size fell to the low mark, with no file left."""
+        if self.above and not self.files and self.queued + self.in_flight <= low:
             self.above = False
             return True
         return False
 
     def clear(self) -> None:
         """Forget what is queued; what is in flight is not ours to forget, and does not count as accepted."""
-        self.lost = self.lost or self.size > 0
+        self.lost = self.lost or self.size > 0 or self.files > 0
         self.pieces = None
-        self.queued = 0
+        self.queued = self.files = self.held = 0
 
 
 def cut(pieces: list[Piece], skip: int) -> list[Piece]:

@@ -5,7 +5,7 @@ Laws
    event may be told twice.
 2. States are ordered: a connection never goes back to a smaller one.
 3. JOINING means: nothing new is issued, what is in flight is being cancelled, the handle is still ours.
-   CLOSED means: nothing is in flight and the handle is closed.
+   CLOSED means: nothing is in flight and the handle is closed, or handed over by `detach`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CONNECTED: Final = "connected"  # the socket can send and receive
 CLOSE: Final = "close"  # a graceful close was asked for
 DRAINED: Final = "drained"  # nothing is queued or in flight any more
 FINISHED: Final = "finished"  # the peer's EOF came, or waiting for it ended
-FAIL: Final = "fail"  # an error, a time-out, an abort
+FAIL: Final = "fail"  # an error, a time-out, an abort; the socket is handed over
 JOINED: Final = "joined"  # the last packet was retired
 
 EVENTS: Final = (CONNECTED, CLOSE, DRAINED, FINISHED, FAIL, JOINED)
@@ -59,9 +59,10 @@ class CloseReason(str, enum.Enum):
     DEADLINE = "deadline"  # set_deadline() ran out
     OVERFLOW = "overflow"  # more than write_buffer_max was waiting to be sent
     TLS = "tls"  # the handshake failed, or a record was bad
-    ERROR = "error"  # a callback raised
+    ERROR = "error"  # a callback raised, or a file could not be sent to its end
     SHUTDOWN = "shutdown"  # the server stopped
     REFUSED = "refused"  # verify_request or max_per_host said no
+    DETACHED = "detached"  # detach() handed the socket over
 
     def __str__(self) -> str:
         return self.value

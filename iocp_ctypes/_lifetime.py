@@ -30,6 +30,7 @@ from ._errors import ConnectionClosedError, reason_of
 from ._flow import WriteFlow
 from ._lifecycle import CloseReason
 from ._options import Settings, change
+from ._pipeops import OverlappedPipe
 from ._proactor import Operation
 from ._sockops import OverlappedSocket
 from ._strand import Strand
@@ -38,6 +39,7 @@ from ._tracing import Knobs, Trace, TracedSocket, rings_of, traced
 if TYPE_CHECKING:
     from ._connector import Connector
     from ._deadlines import Deadline
+    from ._pipeconnector import PipeConnector
     from .engine import Engine
     from .tls import Handshake, TLSCodec
 
@@ -144,9 +146,7 @@ class Lifetime:
         "last_activity",
     )
 
-    def _attach(
-        self, server: Any, home: Home, sock: OverlappedSocket | Connector, settings: Settings, peer: Address
-    ) -> None:
+    def _attach(self, server: Any, home: Home, sock: Any, settings: Settings, peer: Address) -> None:
         """Give a connection its socket; what a subclass's `__init__` did or forgot does not matter here."""
         with _numbers_lock:
             self.id = next(_numbers)
@@ -189,10 +189,12 @@ class Lifetime:
         self._logged = log.isEnabledFor(logging.DEBUG)  # asked once: it decides for begin and end
         self._next_size = self._first_size()
 
-    def _attach_client(self, home: Home, connector: Connector, settings: Settings, peer: Address) -> None:
+    def _attach_client(
+        self, home: Home, connector: Connector | PipeConnector, settings: Settings, peer: Address
+    ) -> None:
         """Give a connection that is not connected yet what stands in for its socket."""
         self._attach(None, home, connector, settings, peer)
-        self._strand.leave()  # only its maker knows it: on_timeout may come before on_connect
+        self._strand.leave()  # only who called connect() knows it: on_timeout may come before on_connect
         self._state = life.CONNECTING
         self._reading = POSTED  # the connector counts as something in flight
         self._opened = True  # on_close is owed in any case: it says why connecting failed
@@ -200,7 +202,7 @@ class Lifetime:
             self._trace = Trace(settings.trace)
         connector.traced = self._traced
 
-    def _connect_done(self, sock: OverlappedSocket | None, error: OSError | None) -> None:
+    def _connect_done(self, sock: OverlappedSocket | OverlappedPipe | None, error: OSError | None) -> None:
         """The connector is done. On an I/O thread."""
         with self._lock:
             if sock is not None and self._state == life.CONNECTING:
@@ -217,7 +219,7 @@ class Lifetime:
             self._fail(CloseReason.TIMEOUT if timeout else reason_of(code), error)
             self._join()
 
-    def _connected(self, sock: OverlappedSocket) -> OSError | None:
+    def _connected(self, sock: OverlappedSocket | OverlappedPipe) -> OSError | None:
         """Take the socket over; returns why it cannot be. Needs the lock."""
         try:
             sock.set_nodelay(self._settings.nodelay)
@@ -263,6 +265,7 @@ class Lifetime:
     def _finish_tls(self) -> bool: ...  # type: ignore[empty-body]
     def _handshake_late(self) -> None: ...
     def _post(self, task: Callable[..., object], *args: Any) -> None: ...
+    def _go_on_with_files(self) -> None: ...
 
     def _call(self, callback: Callable[..., Any], *args: Any) -> Any:
         """Run user code on the strand; what it raises closes this connection and nothing else."""
@@ -335,9 +338,12 @@ class Lifetime:
 
     def _advance(self) -> None:
         """Take the next step towards the end where nothing is left to send. Needs the lock."""
-        if self._flow.queued or self._flow.sends or (self._state == life.OPEN and not self._eof_out):
+        flow = self._flow
+        if flow.queued or flow.sends or (self._state == life.OPEN and not self._eof_out):
             return
         if (self._tls is not None or self._shaking is not None) and not self._finish_tls():
+            return
+        if flow.files:
             return
         if self._state == life.OPEN:
             if self._eof_in:
@@ -349,8 +355,10 @@ class Lifetime:
             self._socket.shutdown_send()
             self._linger_due = monotonic() + self._settings.linger_timeout
             self._arm()
-        if self._state == life.LINGERING and self._eof_in:
+        # A pipe's peer reads the end only when the handle is closed: waiting for its own would be in vain.
+        if self._state == life.LINGERING and (self._eof_in or not self._socket.half_closes):
             self._move(life.FINISHED)
+            self._cancel()
         self._join()
 
     def _fail(self, reason: CloseReason, exc: OSError | None, reset: bool = False) -> None:

@@ -62,6 +62,8 @@ class ServerOptions(TypedDict, total=False):
     trace: int
     tls: ssl.SSLContext | None
     tls_handshake_timeout: float
+    reject_remote: bool
+    pipe_security: str | None
 
 
 class ClientOptions(TypedDict, total=False):
@@ -113,6 +115,8 @@ class Settings:
     trace: int = 0
     tls: ssl.SSLContext | None = None
     tls_handshake_timeout: float = 10.0
+    reject_remote: bool = True
+    pipe_security: str | None = None
 
 
 Check = Callable[[str, Any], Any]
@@ -182,6 +186,14 @@ def _choice(*choices: str) -> Check:
     return check
 
 
+def _sddl(name: str, value: Any) -> Any:
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"{name}={value!r}: must be a str in SDDL, such as 'D:(A;;GA;;;WD)', or None")
+    if value is not None and not value.startswith(("O:", "G:", "D:", "S:")):
+        raise ValueError(f"{name}={value!r}: must be in SDDL, such as 'D:(A;;GA;;;WD)', or None")
+    return value
+
+
 def _keepalive(name: str, value: Any) -> Any:
     if value is None:
         return None
@@ -247,6 +259,8 @@ OPTIONS: Final[dict[str, Option]] = {
     "trace": Option(_whole(0, 1_000_000), "operations that the trace remembers; 0: no trace"),
     "tls": Option(_context, "an ssl.SSLContext: connections begin with a TLS handshake"),
     "tls_handshake_timeout": Option(_seconds(none=False), "seconds that a TLS handshake may take"),
+    "reject_remote": Option(_flag(), "pipes refuse clients on other machines"),
+    "pipe_security": Option(_sddl, "who may open a pipe, in SDDL; None: the user who serves it, nobody else"),
 }
 
 #: What `tune` sets: backlog, sendcap, recvburst.

@@ -88,6 +88,11 @@ class CompletionPort:
         if not _win32.PostQueuedCompletionStatus(self._handle, 0, KEY_WAKE, None):
             raise error_from_code(ctypes.get_last_error(), "PostQueuedCompletionStatus")
 
+    def post_packet(self, address: int) -> None:
+        """Queue the packet that the kernel will not send for the operation at this address."""
+        if not _win32.PostQueuedCompletionStatus(self._handle, 0, KEY_IO, address):
+            raise error_from_code(ctypes.get_last_error(), "PostQueuedCompletionStatus")
+
     def reap(self, batch: Batch, timeout_ms: int, ready: deque[tuple[Any, int]]) -> int:
         """Take packets off the port and append them to `ready` as (OVERLAPPED address or 0, bytes).
 

@@ -20,9 +20,11 @@ import socket
 from ctypes import addressof, byref, c_int, c_void_p, sizeof
 from typing import Any, Final
 
-from . import _win32
+from . import _win32, _win32files
 from ._addresses import Address, format_address, make_sockaddr
 from ._errors import error_from_code, winsock_code
+from ._fileops import TRANSMITS_FREELY, TransmitOperation
+from ._flow import SEND_GATHER_MAX
 from ._options import KeepAlive
 from ._port import CompletionPort
 from ._proactor import COMPLETED, KEPT_MAX, PENDING, Handler, Operation, Proactor
@@ -56,6 +58,7 @@ def _extension(handle: int, family: int, name: str) -> Any:
             "AcceptEx": (_win32.WSAID_ACCEPTEX, _win32.ACCEPTEX),
             "ConnectEx": (_win32.WSAID_CONNECTEX, _win32.CONNECTEX),
             "GetAcceptExSockaddrs": (_win32.WSAID_GETACCEPTEXSOCKADDRS, _win32.GETACCEPTEXSOCKADDRS),
+            "TransmitFile": (_win32files.WSAID_TRANSMITFILE, _win32files.TRANSMITFILE),
         }[name]
         pointer = c_void_p()
         returned = _win32.DWORD()
@@ -115,6 +118,11 @@ class OverlappedSocket:
         "sends_by_packet",
         "skips",
     )
+
+    detachable = True  # `release` works
+    half_closes = True  # `shutdown_send` tells the peer that nothing more comes
+    gather_max = SEND_GATHER_MAX  # buffers that one send takes
+    bursts = True  # several receives may be posted at a time
 
     def __init__(self, handle: int, family: int, proactor: Proactor) -> None:
         """Own a handle."""
@@ -244,6 +252,39 @@ class OverlappedSocket:
         self.sends_by_packet += code == PENDING
         return code
 
+    @property
+    def transmits(self) -> bool:
+        """Whether `transmit` is to be used; else files are read and sent as bytes."""
+        if not TRANSMITS_FREELY:
+            return False
+        try:
+            return bool(_extension(self._handle, self.family, "TransmitFile"))
+        except OSError:
+            return False
+
+    def transmit(self, operation: TransmitOperation, handler: Handler) -> int:
+        """Issue a TransmitFile: COMPLETED (InternalHigh bytes), PENDING or an error code.
+
+        Not under a lock: the system may read the disk before it returns.
+        """
+        transmit = _extension(self._handle, self.family, "TransmitFile")
+        operation.handler = handler
+        self._pending[operation.address] = operation
+        if transmit(
+            self._handle,
+            operation.file_handle,
+            operation.amount,
+            0,
+            operation.address,
+            operation.buffers_address,
+            0,
+        ):
+            if self.skips:
+                del self._pending[operation.address]
+                return COMPLETED
+            return PENDING
+        return self._proactor.settle(operation)
+
     # -- connecting -----------------------------------------------------------------------------------------
 
     def connect(self, operation: Operation, handler: Handler, address: Address) -> int:
@@ -292,6 +333,38 @@ class OverlappedSocket:
             None,
         )
 
+    # -- handing over ---------------------------------------------------------------------------------------
+
+    def release(self) -> socket.socket:
+        """Give the handle away as a plain socket, off the port where the system can do that.
+
+        The caller has joined all operations. Nothing is left to close.
+        """
+        block, nothing = _win32files.IO_STATUS_BLOCK(), _win32files.FILE_COMPLETION_INFORMATION(0, 0)
+        arguments = byref(block), byref(nothing), sizeof(nothing), _win32files.FILE_REPLACE_COMPLETION
+        _win32files.NtSetInformationFile(self._handle, *arguments)
+        made = socket.socket(self.family, socket.SOCK_STREAM, socket.IPPROTO_TCP, fileno=self._handle)
+        self._proactor.sockets.discard(self._handle)
+        self._handle = _win32.INVALID_SOCKET
+        return made
+
+    def adopt(self, port: CompletionPort) -> None:
+        """Associate a socket that was connected elsewhere, and read its addresses."""
+        self.local_raw = self._name(_win32.getsockname)
+        self.peer_raw = self._name(_win32.getpeername)
+        port.associate(self._handle)
+        # A mode stays with a socket, whoever has it: so it is asked for, and not changed.
+        modes = _win32.ULONG(0)
+        block = _win32files.IO_STATUS_BLOCK()
+        status = _win32files.NtQueryInformationFile(
+            self._handle,
+            byref(block),
+            byref(modes),
+            sizeof(modes),
+            _win32files.FILE_IO_COMPLETION_NOTIFICATION,
+        )
+        self.skips = not status and bool(modes.value & _win32.FILE_SKIP_COMPLETION_PORT_ON_SUCCESS)
+
     # -- the end --------------------------------------------------------------------------------------------
 
     def cancel(self) -> None:
@@ -326,7 +399,7 @@ class AcceptOperation(Operation):
 
     __slots__ = ("arguments", "data_size", "home", "local", "peer", "reaped", "socket")
 
-    def __init__(self, accepted: OverlappedSocket, data_size: int, home: Any) -> None:
+    def __init__(self, accepted: Any, data_size: int, home: Any) -> None:
         super().__init__(data_size + _ACCEPT_ADDRESSES)
         self.socket = accepted
         self.data_size = data_size
@@ -439,7 +512,7 @@ class ListeningSocket:
         Returns:
             The socket (not associated yet), and the first bytes, empty without `data_size`.
         """
-        accepted = operation.socket
+        accepted: OverlappedSocket = operation.socket
         accepted._set(
             _win32.SOL_SOCKET, _win32.SO_UPDATE_ACCEPT_CONTEXT, self._context, "SO_UPDATE_ACCEPT_CONTEXT"
         )
@@ -493,30 +566,33 @@ def open_socket(
     return opened
 
 
-def listen(
-    family: int,
-    address: Address,
-    listen_backlog: int,
-    exclusive: bool,
-    dualstack: bool,
-    nodelay: bool = False,
-) -> socket.socket:
-    """Make a listening socket; OSError names the address where it cannot be had.
-
-    `nodelay` is for what it accepts.
-    """
-    made = socket.socket(family, socket.SOCK_STREAM)
+def check_adoptable(python_socket: Any) -> Address:
+    """Return the peer of a connected stream socket; TypeError or ValueError for all else."""
+    if not isinstance(python_socket, socket.socket):
+        raise TypeError(f"sock={python_socket!r}: must be a connected socket.socket")
+    if (
+        python_socket.family not in (socket.AF_INET, socket.AF_INET6)
+        or python_socket.type != socket.SOCK_STREAM
+    ):
+        raise ValueError(f"sock={python_socket!r}: must be a connected IPv4 or IPv6 stream socket")
     try:
-        if exclusive:
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
-        if family == socket.AF_INET6:
-            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not dualstack)
-        if nodelay:
-            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        made.bind(address)
-        made.listen(listen_backlog)
+        peer: Address = python_socket.getpeername()
     except OSError as exc:
-        made.close()
-        code = getattr(exc, "winerror", None) or exc.errno or 0
-        raise error_from_code(code, f"cannot listen on {format_address(address)}") from exc
-    return made
+        raise ValueError(f"sock={python_socket!r}: is not connected: {exc}") from exc
+    return peer
+
+
+def adopt_socket(python_socket: Any, proactor: Proactor, port: CompletionPort) -> OverlappedSocket:
+    """Take over a connected `socket.socket`, which is closed for its owner then; ours is what it was.
+
+    OSError: it has another completion port. Then, and where `check_adoptable` raises, it stays its owner's.
+    """
+    check_adoptable(python_socket)
+    adopted = OverlappedSocket(python_socket.fileno(), int(python_socket.family), proactor)
+    try:
+        adopted.adopt(port)
+    except OSError:
+        proactor.sockets.discard(python_socket.fileno())
+        raise
+    python_socket.detach()
+    return adopted

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from . import _lifecycle as life
 from ._addresses import Address, format_address
-from ._burstchannel import BurstChannel
 from ._errors import ConnectionClosedError
+from ._filechannel import FileChannel
 from ._lifecycle import CloseReason
 from ._lifetime import DELIVERING, IDLE
 from ._options import Settings
@@ -66,7 +66,7 @@ def check_tls(settings: Settings) -> Settings:
     return settings
 
 
-class TLSChannel(BurstChannel):
+class TLSChannel(FileChannel):
     """A channel that may be secured; `tls` is imported where that is done, so that others do without."""
 
     __slots__ = ()
@@ -87,6 +87,11 @@ class TLSChannel(BurstChannel):
         """Begin the handshake, where there is one, which then calls on_connect. On the strand."""
         shaking = self._shaking
         if shaking is None or not shaking.first:
+            if shaking is not None and self._tls is not None:  # another thread called start_tls already
+                with self._lock:
+                    self.bytes_received += len(first)
+                    self._tls.feed(first)
+                first = b""
             super()._begin(first)
             return
         if self._state >= life.JOINING:
@@ -135,6 +140,8 @@ class TLSChannel(BurstChannel):
             if self._burst is not None:
                 text = f"connection {self.id} is receiving in burst mode: start_tls needs another recv_mode"
                 raise RuntimeError(text)
+            if self._flow.files:
+                raise RuntimeError(f"connection {self.id} is sending a file: start_tls after its on_drain")
             if self._state > life.OPEN or self._eof_out or self._eof_in:
                 raise ConnectionClosedError(f"connection {self.id} has ended in one direction, or both")
             self._flow = SecureFlow(self._flow)
@@ -343,6 +350,11 @@ class TLSChannel(BurstChannel):
 
     # -- sending --------------------------------------------------------------------------------------------
 
+    @property
+    def _transmits(self) -> bool:
+        """A file is encrypted, so it is read and goes the way of all bytes."""
+        return self._tls is None and self._shaking is None and super()._transmits
+
     def _put_out(self, data: bytes) -> None:
         """Send what TLS has to say by itself. Needs the lock."""
         assert self._lock._is_owned()
@@ -372,6 +384,7 @@ class TLSChannel(BurstChannel):
         if self._state == life.OPEN:
             self._error = error
             self._secure_flow.drop_plain()
+            self._close_files()
             if self._shaking is not None:
                 self._shaking.due = None
             super()._close(CloseReason.TLS)
@@ -392,9 +405,11 @@ class TLSChannel(BurstChannel):
         codec, flow = self._tls, self._secure_flow
         if self._state >= life.JOINING:
             return True
-        if self._shaking is not None and (self._state == life.OPEN or flow.secret):
+        if self._shaking is not None and (self._state == life.OPEN or flow.secret or flow.files):
             if self._eof_in and self._state != life.OPEN:
                 self._truncated()
+            return False
+        if flow.files:
             return False
         if codec is not None and self._shaking is None and not codec.closed:
             codec.close()

@@ -44,7 +44,9 @@ class TraceRecord(NamedTuple):
     thread: int  # threading.get_ident()
     thread_name: str
     connection: int  # its id; below 0: not a connection's, the same number for the same socket
-    operation: str  # "accept", "connect", "receive", "send"; of calls: "shutdown", "cancel", "close"
+    operation: (
+        str  # "accept", "connect", "receive", "send", "transmit"; of calls: "shutdown", "cancel", "close"
+    )
     step: str  # "submit", "retire", or "call" for what is no operation
     number: int  # the same in submit and retire of one operation and in no other; 0 of a call
     bytes: int  # submit: bytes offered, or room for them; retire and what completed at once: bytes moved

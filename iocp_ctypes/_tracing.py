@@ -183,6 +183,10 @@ class TracedSocket(_StandIn):
         size = operation.length
         return self._submit("send", self.inner.send, operation, handler, arguments, size)
 
+    def transmit(self, operation: Any, handler: Handler) -> int:
+        """Record a TransmitFile."""
+        return self._submit("transmit", self.inner.transmit, operation, handler, (), operation.length)
+
     def connect(self, operation: Operation, handler: Handler, *arguments: Any) -> int:
         """Record a connect."""
         return self._submit("connect", self.inner.connect, operation, handler, arguments, 0)
@@ -200,7 +204,7 @@ class TracedSocket(_StandIn):
         retire = functools.partial(self._retire, handler, False, what, number)
         began = perf_counter_ns()
         code = issue(operation, retire, *arguments)
-        if code == COMPLETED and what == "send":
+        if code == COMPLETED and what != "connect":
             size = int(operation.InternalHigh)
         backlog, sends, receives, queued = self._knobs()
         if code == PENDING and what == "send" and sends is not None:

@@ -10,14 +10,28 @@ Laws
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import TYPE_CHECKING, Any
 
-from ._addresses import Address, check_address, format_address, numeric_family
+from ._addresses import (
+    PIPE_PREFIX,
+    Address,
+    check_address,
+    check_pipe_name,
+    format_address,
+    numeric_family,
+    parse_sockaddr,
+)
+from ._channel import Buffer, as_bytes
 from ._connector import Connector
+from ._handover import set_options
 from ._lifetime import Home
 from ._options import ClientOptions, Settings, check_timeout, make_settings
+from ._pipeconnector import PipeConnector
+from ._sockops import adopt_socket, check_adoptable
 from ._tlschannel import make_codec
+from ._tracing import Trace
 from .connection import Connection
 from .engine import Engine, enter_engine
 
@@ -54,6 +68,11 @@ class _Client:
             with connection._lock:
                 connection._retrace()
 
+    def home(self) -> Home:
+        """What the connection knows of it."""
+        engine = self.engine
+        return Home(engine, self.gone, self.failed, None, engine.dispatcher.is_io_thread)
+
     def gone(self, _connection: Connection) -> None:
         """on_close has returned."""
         self.connection = None
@@ -76,18 +95,19 @@ def connect(
     tls_session: ssl.SSLSession | None = None,
     **options: Unpack[ClientOptions],
 ) -> Connection:
-    """Connect to an address; returns at once.
+    r"""Connect to an address; returns at once.
 
     Args:
-        address: (host, port). All addresses of a name are tried, with a staggered start (RFC 8305).
+        address: (host, port). All addresses of a name are tried, with a staggered start (RFC 8305). Or the
+            name of a pipe, such as r"\\.\pipe\NAME"; where all its instances are taken, one is waited for.
         handler: a Connection subclass, or a factory called with (None, address) that returns a Connection.
         timeout: seconds until it is connected, the look-up included; None: as long as the system tries. A
             TLS handshake has its own, `tls_handshake_timeout`.
         local_address: (host, port) to connect from, with a numeric host and port 0 for any; only addresses
-            of its family are tried. None: any.
+            of its family are tried. None: any. Not for pipes.
         engine: whose threads to use; None: the engine of the process.
         server_hostname: with `tls`, whom the context verifies and who is named to the server; None: the host
-            of `address`; "": nobody, which only a context without check_hostname accepts.
+            of `address`, of a pipe nobody; "": nobody, which only a context without check_hostname accepts.
         tls_session: with `tls`, a session to resume: `tls.session` of an earlier connection.
         options: the options of Server that make sense for a connection.
 
@@ -102,23 +122,26 @@ def connect(
     Any thread; never blocks. ConnectEx:
     learn.microsoft.com/windows/win32/api/mswsock/nc-mswsock-lpfn_connectex
     """
-    place = _check_target(address)
+    pipe = check_pipe_name(address) if isinstance(address, str) else None
+    if pipe is not None and local_address is not None:
+        raise ValueError(f"local_address={local_address!r}: a pipe has none; leave it out")
+    place = (pipe, 0) if pipe is not None else _check_target(address)
     local = None if local_address is None else _check_local(local_address)
     check_timeout("timeout", timeout)
-    for name, value in options.items():
-        if name not in ClientOptions.__annotations__:
-            known = ", ".join(ClientOptions.__annotations__)
-            raise TypeError(f"unknown option {name}={value!r}: those of a client are {known}")
-    settings = make_settings({"silent_timeout": None, **options})
+    settings = _client_settings(options)
     if engine is not None and not isinstance(engine, Engine):
         raise TypeError(f"engine={engine!r}: must be an Engine or None")
     codec = _make_codec(settings, place, server_hostname, tls_session)
     connection = _make(handler, place)
     client = _Client(engine)
     shared = client.engine
-    home = Home(shared, client.gone, client.failed, None, shared.dispatcher.is_io_thread)
-    connector = Connector(shared, place, local, timeout, connection._connect_done)
-    connection._attach_client(home, connector, settings, place)
+    done = connection._connect_done
+    connector = (
+        Connector(shared, place, local, timeout, done)
+        if pipe is None
+        else PipeConnector(shared, pipe, timeout, done)
+    )
+    connection._attach_client(client.home(), connector, settings, place)
     connection._tls = codec
     client.connection = connection
     connector.start()
@@ -134,8 +157,50 @@ def _make_codec(
             raise ValueError("server_hostname and tls_session mean something with tls= only")
         return None
     if server_hostname is None:
-        server_hostname = str(place[0]).partition("%")[0]  # without the zone of an IPv6 address
+        host = str(place[0])
+        server_hostname = "" if host.startswith(PIPE_PREFIX) else host.partition("%")[0]  # without a zone
     return make_codec("tls", settings.tls, False, server_hostname, session)
+
+
+def _adopt(
+    engine: Engine, sock: Any, handler: Any, data: Buffer, options: ClientOptions | dict[str, Any]
+) -> Connection:
+    """What Engine.adopt does."""
+    settings, first = _client_settings(options), as_bytes(data)
+    if settings.tls is not None:
+        raise ValueError("tls=: adopt() cannot know which side this is; call start_tls in on_connect")
+    peer = check_adoptable(sock)
+    connection = _make(handler, peer)
+    client = _Client(engine)
+    try:
+        adopted = adopt_socket(sock, engine.proactor, engine.port)
+        try:
+            set_options(adopted, settings)
+        except OSError:
+            adopted.close()
+            raise
+    except BaseException:
+        client.engine.leave_soon(client)
+        raise
+    peer = parse_sockaddr(adopted.peer_raw) or peer
+    connection._attach(None, client.home(), adopted, settings, peer)
+    if settings.trace:
+        connection._trace = Trace(settings.trace)
+    client.connection = connection
+    engine.dispatcher.call_soon(functools.partial(connection._start, first))
+    return connection
+
+
+# The engine is below connections and cannot name them: it is handed what makes them.
+Engine._adopter = _adopt
+
+
+def _client_settings(options: ClientOptions | dict[str, Any]) -> Settings:
+    for name, value in options.items():
+        if name not in ClientOptions.__annotations__:
+            known = ", ".join(ClientOptions.__annotations__)
+            raise TypeError(f"unknown option {name}={value!r}: those of a client are {known}")
+    return make_settings({"silent_timeout": None, **options})
 
 
 def _check_target(address: Any) -> Address:

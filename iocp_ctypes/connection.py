@@ -1,13 +1,14 @@
 """L5: Connection, what users subclass: callbacks to override, methods, properties, live tunables.
 
 Laws
-1. What moves inside is in `_channel` and `_burstchannel`; this file is the face.
-2. Methods are thread-safe and do not block, except `wait_closed`.
+1. What moves inside is in `_channel` and what builds on it up to `_detaching`; this file is the face.
+2. Methods are thread-safe and do not block, except `wait_closed` and `detach`; `send_file` opens a file.
 3. A tunable that is set on a connection is this connection's own from then on; the others keep theirs.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Callable, Iterable
@@ -17,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 from . import _lifecycle as life
 from ._addresses import Address, format_address, parse_sockaddr
 from ._channel import Buffer, as_bytes
+from ._detaching import Detaching
 from ._errors import ConnectionClosedError
 from ._lifecycle import CloseReason
 from ._lifetime import DELIVERING, IDLE
 from ._options import KeepAlive, Usage, change, check_option
 from ._stats import ConnectionStats, Traffic
-from ._tlschannel import TLSChannel, make_codec
+from ._tlschannel import make_codec
 from ._trace import TraceRecord, write_trace
 from ._tracing import Trace
 
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     import ssl
 
 
-class Connection(TLSChannel):
+class Connection(Detaching):
     """A connection; subclass it and override the callbacks, all of which are optional.
 
     Callbacks of one connection never overlap and come in order, on an I/O thread or on the connection's
@@ -104,11 +106,13 @@ class Connection(TLSChannel):
         """Half-close: what is queued is sent, then FIN; receiving goes on until the peer's EOF.
 
         Any thread; never blocks; again is a no-op. Raises ConnectionClosedError where the connection is
-        closed.
+        closed, and OSError on a pipe, which has no half-close.
         """
         with self._lock:
             if self._state > life.OPEN:
                 raise ConnectionClosedError(f"connection {self.id} is closed")
+            if not self._socket.half_closes:
+                raise OSError(errno.EOPNOTSUPP, "a pipe cannot be closed by half: use close()")
             if not self._eof_out:
                 self._eof_out = True
                 self._advance()
@@ -296,7 +300,7 @@ class Connection(TLSChannel):
 
     @property
     def closed(self) -> bool:
-        """True exactly when the handle is closed; on_close runs then or has run."""
+        """True exactly when the handle is closed or handed over; on_close runs then or has run."""
         return self._state == life.CLOSED
 
     @property

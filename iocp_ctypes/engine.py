@@ -20,7 +20,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from ._dispatcher import STALLED_MAX, Dispatcher
 from ._options import check_option
@@ -206,6 +206,31 @@ class Engine:
             already, self._stopped = self._stopped, True
         if not already:
             self._stop(EXIT_TIMEOUT)
+
+    #: Makes the connection of `adopt`; handed over by what is above.
+    _adopter: ClassVar[Callable[..., Any]]
+
+    def adopt(self, sock: Any, handler: Any, data: Any = b"", **options: Any) -> Any:
+        """Make a connection of a connected socket, without a server.
+
+        Args:
+            sock: an IPv4 or IPv6 `socket.socket` of type SOCK_STREAM that is connected; it is taken over, and
+                closed for its owner. Not one that belongs to another completion port.
+            handler: a Connection subclass, or a factory called with (None, peer address).
+            data: bytes that were received from it already, which on_data gets first.
+            options: as for `connect`, without `tls`: `start_tls` in on_connect says which side this is.
+
+        Returns:
+            The Connection; on_connect follows, on an I/O thread. The engine starts where it has not, and runs
+            until the connection has ended.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong. OSError: the socket has another completion port. In
+            these cases it stays yours. RuntimeError: the engine has been stopped.
+
+        Any thread; never blocks.
+        """
+        return type(self)._adopter(self, sock, handler, data, options)
 
     def stats(self) -> EngineStats:
         """Return the figures of this instant."""

@@ -12,21 +12,21 @@ Laws
 from __future__ import annotations
 
 import logging
-import socket
 import threading
 from collections import Counter, deque
 from collections.abc import Callable
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
-from ._acceptor import SILENT_LOOK_MAX, Acceptor
-from ._addresses import Address, check_addresses, format_address, parse_sockaddr, resolve_listening
+from ._acceptor import SILENT_LOOK_MAX, Accepted, Acceptor
+from ._addresses import Address, check_addresses, format_address, parse_sockaddr
 from ._channel import Buffer, as_bytes
 from ._errors import ConnectionClosedError
+from ._handover import Handover, check_handler, set_options
 from ._lifecycle import CloseReason
 from ._lifetime import Home
+from ._listening import address_of, bind_all, listen_on
 from ._options import ServerOptions, Settings, make_settings
-from ._sockops import ListeningSocket, OverlappedSocket, listen
 from ._tlschannel import check_tls
 from ._tunables import Tunables
 from ._watching import Watched
@@ -43,14 +43,12 @@ Handler = type[Connection] | Callable[["Server", Address], Connection]
 INTERRUPT_TIMEOUT: Final = 0.15
 #: Seconds for the packets of aborted connections to come back.
 ABORT_TIMEOUT: Final = 1.0
-#: listen_backlog where the user names none; above 200 Windows takes the number as it is (SOMAXCONN_HINT).
-LISTEN_BACKLOG_MIN: Final = 200
 
 log = logging.getLogger("iocp_ctypes")
 
 
-class Server(Watched, Tunables):
-    """A TCP server on a completion port.
+class Server(Watched, Tunables, Handover):
+    """A server on a completion port: of TCP, of named pipes, or of both.
 
     Use `serve_forever()`, or `start()` and `stop()`, or a `with` block, which starts and stops it.
     Thread-safe.
@@ -64,11 +62,12 @@ class Server(Watched, Tunables):
         engine: Engine | None = None,
         **options: Unpack[ServerOptions],
     ) -> None:
-        """Bind and listen; nothing is accepted before `start`.
+        r"""Bind and listen; nothing is accepted before `start`.
 
         Args:
-            address: (host, port), an iterable of several, or a bound stream socket. Host "" is every
-                interface, IPv4 and IPv6; port 0 is any that is free.
+            address: (host, port), a bound or listening stream socket, the name of a pipe such as
+                r"\\.\pipe\NAME", or an iterable of several. Host "" is every interface, IPv4 and IPv6; port
+                0 is any that is free.
             handler: a Connection subclass, or a factory called with (server, peer_address) that returns a
                 Connection.
             engine: whose threads to use; None: the engine of the process, or one of its own where
@@ -82,7 +81,7 @@ class Server(Watched, Tunables):
         May ask the name service for the host, and blocks while it does.
         """
         self._settings: Settings = check_tls(make_settings(options))
-        self._handler: Callable[[Server, Address], Any] = _check_handler(handler)
+        self._handler: Callable[[Server, Address], Any] = check_handler(handler)
         if engine is not None and not isinstance(engine, Engine):
             raise TypeError(f"engine={engine!r}: must be an Engine or None")
         if engine is not None and self._settings.io_threads:
@@ -92,8 +91,8 @@ class Server(Watched, Tunables):
             )
         self._given_engine = engine
         self._engine: Engine | None = None
-        self._sockets = self._listen(check_addresses(address))
-        self._addresses: tuple[Address, ...] = tuple(sock.getsockname() for sock in self._sockets)
+        self._sockets = bind_all(check_addresses(address), self._settings)
+        self._addresses: tuple[Address | str, ...] = tuple(map(address_of, self._sockets))
         self._lock = threading.Lock()
         self._gone_one = threading.Condition(self._lock)
         self._connections: dict[int, Connection] = {}
@@ -104,30 +103,11 @@ class Server(Watched, Tunables):
         self._acceptor: Acceptor | None = None
         self._workers: WorkThreads | None = None
         self._home: Home | None = None
-        self._parked: deque[tuple[OverlappedSocket, bytes]] = deque()  # accepted above max_connections
+        self._parked: deque[tuple[Accepted, bytes]] = deque()  # accepted above max_connections
         self._stopping = False
         self._stopped = threading.Event()
         self._shutdown_wanted = threading.Event()
         self._fatal: BaseException | None = None
-
-    def _listen(self, addresses: list[Address | socket.socket]) -> list[socket.socket]:
-        settings = self._settings
-        backlog = settings.listen_backlog or max(LISTEN_BACKLOG_MIN, settings.backlog)
-        exclusive, nodelay = settings.exclusive, settings.nodelay
-        made: list[socket.socket] = []
-        try:
-            for address in addresses:
-                if isinstance(address, socket.socket):
-                    address.listen(backlog)
-                    made.append(address)
-                    continue
-                for family, place, dualstack in resolve_listening(address, settings.dualstack):
-                    made.append(listen(family, place, backlog, exclusive, dualstack, nodelay))
-        except BaseException:
-            for sock in made:
-                sock.close()
-            raise
-        return made
 
     # -- running --------------------------------------------------------------------------------------------
 
@@ -150,7 +130,7 @@ class Server(Watched, Tunables):
                 trace=self._trace,
             )
             try:
-                listening = [ListeningSocket(sock, engine.proactor, engine.port) for sock in self._sockets]
+                listening = [listen_on(place, engine) for place in self._sockets]
             except BaseException:
                 engine.leave(self)
                 raise
@@ -310,7 +290,7 @@ class Server(Watched, Tunables):
         if self._settings.max_connections is not None and self._acceptor is not None:
             self._acceptor.top_up()
 
-    def _accepted(self, sock: OverlappedSocket, first: bytes) -> None:
+    def _accepted(self, sock: Accepted, first: bytes) -> None:
         """Make a connection of an accepted socket, or turn it away."""
         assert self._home is not None
         settings = self._settings
@@ -328,10 +308,12 @@ class Server(Watched, Tunables):
             sock.close()
             self._release("refused")
             return
+        remaining = self._was_taken(sock, peer)
+        if remaining is None:
+            return
+        sock = remaining
         try:
-            sock.set_nodelay(settings.nodelay)
-            if settings.keepalive is not None:
-                sock.set_keepalive(settings.keepalive)
+            set_options(sock, settings)
             sock.associate(self._home.engine.port)
         except OSError as exc:
             log.debug("%s was gone before it could be served: %s", format_address(peer), exc)
@@ -342,14 +324,7 @@ class Server(Watched, Tunables):
         connection = self._make(peer, sock)
         if connection is None:
             return
-        connection._attach(self, self._home, sock, settings, peer)
-        with self._lock:
-            self._connections[connection.id] = connection
-            self._counts["accepted"] += 1
-            stopping = self._stopping
-        connection._start(first)
-        if stopping:  # it came while stop() was counting: it is told as well
-            connection._shutdown()
+        self._begin_with(connection, first, self._enrol(connection, sock, peer, settings))
 
     def _welcome(self, peer: Address, settings: Settings) -> bool:
         host = peer[0]
@@ -370,23 +345,6 @@ class Server(Watched, Tunables):
             self._hosts[peer[0]] -= 1
             if not self._hosts[peer[0]]:
                 del self._hosts[peer[0]]
-
-    def _make(self, peer: Address, sock: OverlappedSocket) -> Connection | None:
-        try:
-            connection: Any = self._handler(self, peer)
-            if not isinstance(connection, Connection):
-                raise TypeError(f"the handler returned {connection!r}, which is no Connection")
-            if hasattr(connection, "_state"):
-                raise ValueError(f"the handler returned {connection!r} a second time: each needs its own")
-            made: Connection = connection
-            return made
-        except BaseException as exc:
-            self._hook_failed(exc, f"the handler could not make a connection for {format_address(peer)}")
-            sock.reset_on_close()
-            sock.close()
-            self._leave_host(peer)
-            self._release("handler_failed")
-            return None
 
     def _gone(self, connection: Connection) -> None:
         """A connection's on_close has returned."""
@@ -456,12 +414,12 @@ class Server(Watched, Tunables):
     # -- what runs ------------------------------------------------------------------------------------------
 
     @property
-    def address(self) -> Address:
-        """The first address this server listens on, with the port it got."""
+    def address(self) -> Any:
+        """The first address this server listens on, with the port it got; of a pipe, its name."""
         return self._addresses[0]
 
     @property
-    def addresses(self) -> tuple[Address, ...]:
+    def addresses(self) -> tuple[Any, ...]:
         """All addresses this server listens on."""
         return self._addresses
 
@@ -515,13 +473,3 @@ class Server(Watched, Tunables):
         """Abort all connections."""
         for connection in self.connections:
             connection.abort()
-
-
-def _check_handler(handler: Any) -> Handler:
-    good = issubclass(handler, Connection) if isinstance(handler, type) else callable(handler)
-    if not good:
-        raise TypeError(
-            f"handler={handler!r}: must be a subclass of Connection, or a function of (server, peer_address)"
-        )
-    checked: Handler = handler
-    return checked

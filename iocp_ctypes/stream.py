@@ -23,6 +23,7 @@ from . import _lifecycle as life
 from ._addresses import Address
 from ._channel import Buffer, as_bytes
 from ._errors import ConnectionClosedError
+from ._filechannel import make_job
 from ._options import KIB, Settings, check_count, check_timeout
 from .client import connect
 from .connection import Connection
@@ -98,6 +99,14 @@ class Feed(Connection):
                 self.pausing = True
                 self.pause_reading()
             self.changed.notify_all()
+
+    def detach(self, timeout: float | None = 5.0) -> Any:
+        """As any connection; what is unread stays in `unread`."""
+        sock = super().detach(timeout)
+        with self.changed:
+            self._stash = [bytes(self.buffer), *(self._stash or ())]
+            self.buffer.clear()
+        return sock
 
     def on_eof(self) -> bool:
         """Note the peer's end; sending goes on."""
@@ -361,22 +370,55 @@ class Stream:
         It returns before the bytes are sent; `close` waits for them.
         """
         checked = as_bytes(data)
+        self._hand_over(lambda: self._feed.send(checked), timeout, "write()")
+
+    def send_file(
+        self,
+        file: Any,
+        offset: int = 0,
+        count: int | None = None,
+        *,
+        header: Buffer = b"",
+        trailer: Buffer = b"",
+        timeout: Any = _UNSET,
+    ) -> None:
+        """Send a file, after all that was written; waits as `write` does, for what was written before.
+
+        Args:
+            file, offset, count, header, trailer: as Connection.send_file.
+            timeout: see the class.
+
+        Raises:
+            TimeoutError, ConnectionError, RuntimeError: as `write`; nothing of the file was sent.
+            TypeError, ValueError, OSError: the file cannot be sent, as Connection.send_file.
+
+        It returns before the file is sent, and the file object may be closed; `close` waits for it.
+        """
+        job = make_job(file, offset, count, header, trailer)
+        try:
+            self._hand_over(lambda: self._feed._send_job(job), timeout, "send_file()")
+        except BaseException:
+            job.source.close()
+            raise
+
+    def _hand_over(self, send: Callable[[], object], timeout: Any, what: str) -> None:
+        """Send when earlier bytes have drained."""
         feed = self._feed
         with feed.changed:
             if self._closed:
-                raise self._gone("write()")
+                raise self._gone(what)
             # Looking and sending in one go: of several writers that wait, one finds the queue drained.
-            self._wait(lambda: self._closed or feed.over or not feed._flow.above, timeout, "write()")
+            self._wait(lambda: self._closed or feed.over or not feed._flow.above, timeout, what)
             if self._closed:
-                raise self._gone("write()")
+                raise self._gone(what)
             try:
-                feed.send(checked)
+                send()
             except ConnectionClosedError:
                 if feed._eof_out and not feed.closing and not feed.closed:
-                    raise self._blame(ConnectionClosedError("write(): after write_eof()")) from None
+                    raise self._blame(ConnectionClosedError(f"{what}: after write_eof()")) from None
                 if feed._state >= life.JOINING:  # on_close is on its way, and knows why
-                    self._wait(lambda: feed.over, timeout, "write()")
-                raise self._gone("write()") from None
+                    self._wait(lambda: feed.over, timeout, what)
+                raise self._gone(what) from None
 
     def write_eof(self) -> None:
         """Half-close: the peer reads what was written and then the end; reading goes on. Never blocks."""

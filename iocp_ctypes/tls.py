@@ -283,13 +283,14 @@ class SecureFlow(WriteFlow):
         self.blocked = False  # TLS has to receive before it can encrypt
         self.error: OSError | None = None  # why nothing can be encrypted any more
         if before is not None:
-            for name in ("above", "alone", "in_flight", "lost", "newest", "pieces", "queued", "sends"):
-                setattr(self, name, getattr(before, name))
+            for name in WriteFlow.__slots__:
+                if name != "at_once_max":
+                    setattr(self, name, getattr(before, name))
 
     @property
     def size(self) -> int:
-        """Bytes queued and in flight, plaintext that waits for the handshake included."""
-        return self.queued + self.in_flight + (0 if self.is_open else self.secret)
+        """Bytes queued, in flight and held, plaintext that waits for the handshake included."""
+        return self.queued + self.in_flight + self.held + (0 if self.is_open else self.secret)
 
     def open(self) -> None:
         """The handshake is complete: plaintext may go."""
@@ -364,20 +365,21 @@ class SecureFlow(WriteFlow):
 
     def mark(self, high: int) -> bool:
         """See WriteFlow."""
-        if self.size > high:
+        if self.files or self.size > high:
             self.above = True
         return not self.above
 
     def relieved(self, low: int) -> bool:
         """See WriteFlow."""
-        if self.above and self.size <= low:
+        if self.above and not self.files and self.size <= low:
             self.above = False
             return True
         return False
 
     def drop_plain(self) -> None:
-        """Forget the plaintext: TLS has failed, and what is left to be sent is its alert."""
-        self.lost = self.lost or self.secret > 0
+        """Forget plaintext and files: TLS has failed, and what is left to be sent is its alert."""
+        self.lost = self.lost or self.secret > 0 or self.files > 0
+        self.files = self.held = 0
         if self.is_open:
             self.queued -= self.secret
         self._plain.clear()

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from iocp_ctypes._deadlines import Deadline, Deadlines
 from iocp_ctypes._errors import STATUS_CANCELLED, error_from_code
+from iocp_ctypes._flow import SEND_GATHER_MAX
 from iocp_ctypes._proactor import COMPLETED, PENDING, Operation, Proactor
 from iocp_ctypes._tracing import Trace
 
@@ -250,8 +251,16 @@ class FakeSocket:
     `sent` is what the peer got. The peer's bytes wait in `incoming` until a receive takes them; b"" is EOF.
     """
 
+    half_closes = True
+    gather_max = SEND_GATHER_MAX
+    bursts = True
+    detachable = True
+
     def __init__(self, engine: FakeEngine, skips: bool = True) -> None:
         self.family = 2
+        self.transmits = True
+        self.transmitted: list[tuple[int, int]] = []  # offset and bytes of each file part, in order
+        self.released = False
         self.local_raw = self.peer_raw = b""
         self.skips = skips
         self.receives_at_once = self.receives_by_packet = 0
@@ -345,6 +354,19 @@ class FakeSocket:
             )
         return PENDING
 
+    def transmit(self, operation: Any, handler: Any) -> int:
+        """A send of header, file and trailer; planned among the sends."""
+        head, tail = operation.keep
+        offset = operation.Offset | operation.OffsetHigh << 32
+        self.transmitted.append((offset, operation.amount))
+        operation.keep = head + b"F" * min(operation.amount, 1 << 16) + tail
+        return self.send(operation, handler)
+
+    def release(self) -> Any:
+        self._note("release")
+        self.closed = self.released = True
+        return self
+
     def cancel(self) -> None:
         self._note("cancel")
         if self.cancels_at_once:
@@ -357,6 +379,8 @@ class FakeSocket:
             self._retire(operation, 0, self.cancel_status)
 
     def close(self) -> None:
+        if self.released:
+            return
         self.calls.append("close")
         assert not self.sends, "the handle was closed before its packets had come"
         assert not self.receives, "the handle was closed before its packets had come"

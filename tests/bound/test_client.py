@@ -373,7 +373,7 @@ def test_a_script_that_just_ends() -> None:
 @pytest.mark.parametrize(
     ("arguments", "options", "kind", "text"),
     [
-        (("127.0.0.1",), {}, TypeError, "an address is (host, port)"),
+        (("127.0.0.1",), {}, ValueError, "an address is (host, port)"),
         ((("", 80),), {}, ValueError, "address=('', 80): names no host"),
         ((("127.0.0.1", 0),), {}, ValueError, "port 0 is nobody's; it must be from 1 to 65535"),
         ((("127.0.0.1", 65536),), {}, ValueError, "port=65536"),

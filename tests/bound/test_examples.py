@@ -295,6 +295,7 @@ def test_https_hello() -> None:
             assert client.getresponse().read() == b"hello 127.0.0.1, this is TLSv1.3\n"
         client.close()
 
+
 def test_websocket_chat() -> None:
     with example("websocket_chat") as program:
         address = program.listening()
@@ -326,3 +327,42 @@ def test_flask() -> None:
         client.send(b"GET /slow HTTP/1.1\r\nHost: a\r\n\r\n")
         assert client.head().headers["transfer-encoding"] == "chunked"
         assert client.until(b"line 0\n\r\n").endswith(b"line 0\n\r\n")  # before there is another
+
+def get(address: tuple[str, int], target: str, method: str = "GET") -> tuple[str, bytes]:
+    """Ask the file server: the status line and the body."""
+    with raw(address) as client:
+        client.sendall(f"{method} {target} HTTP/1.0\r\nHost: here\r\n\r\n".encode("latin-1"))
+        head, _, body = read_all(client).partition(b"\r\n\r\n")
+    return head.split(b"\r\n")[0].decode(), body
+
+
+def test_files(tmp_path: Path) -> None:
+    folder = tmp_path / "served"
+    (folder / "inner").mkdir(parents=True)
+    big = bytes(range(256)) * 40_000
+    (folder / "inner" / "big file.bin").write_bytes(big)
+    (folder / "empty").write_bytes(b"")
+    (tmp_path / "secret").write_bytes(b"nobody's business")
+    with example("file_server", str(folder)) as program:
+        address = program.listening()
+        assert get(address, "/inner/big%20file.bin?query") == ("HTTP/1.0 200 OK", big)
+        assert get(address, "/empty") == ("HTTP/1.0 200 OK", b"")
+        for hidden in (
+            "/",
+            "/nothing",
+            "/inner",
+            "/../secret",
+            "/%2e%2e/secret",
+            "/..%5csecret",
+            "/inner/..%5C..%5Csecret",
+            "//secret",
+            f"/{tmp_path}\\secret".replace("\\", "%5C"),
+            "/NUL",
+            "/empty::$DATA",
+            "/C:/Windows/win.ini",
+        ):
+            assert get(address, hidden) == ("HTTP/1.0 404 Not Found", b""), hidden
+        assert get(address, "/empty", "POST") == ("HTTP/1.0 400 Bad Request", b"")
+        with raw(address) as client:
+            client.sendall(b"x" * 9000)
+            assert client.recv(100).startswith(b"HTTP/1.0 400 ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -14,7 +15,8 @@ from support import wait_until
 
 from iocp_ctypes import _win32
 from iocp_ctypes._dispatcher import Dispatcher
-from iocp_ctypes._flow import Piece
+from iocp_ctypes._fileops import TransmitOperation, open_source
+from iocp_ctypes._flow import SEND_GATHER_MAX, Piece
 from iocp_ctypes._port import KEY_IO, Batch, CompletionPort
 from iocp_ctypes._proactor import COMPLETED, PENDING, Operation, Proactor
 from iocp_ctypes._sockops import OverlappedSocket, error_code
@@ -225,6 +227,29 @@ def test_a_receive_is_pending_until_bytes_come(end: End) -> None:
     assert end.next() == (operation, 5, 0)
     assert (operation.InternalHigh, operation.buffer[:5]) == (5, b"hello")
     assert end.nothing_comes()
+
+
+def test_a_transmit_sends_header_file_and_trailer(end: End) -> None:
+    assert end.sock.transmits
+    with tempfile.TemporaryFile() as file:
+        file.write(b"FFFFFF")
+        source = open_source(file, 2, 3)
+    operation = TransmitOperation(source, 3, b"head", b"tail")
+    code = end.sock.transmit(operation, lambda *_: None)
+    if code == COMPLETED:
+        assert end.sock.skips
+        assert operation.InternalHigh == 11
+    else:
+        assert code == PENDING
+        assert end.next() == (operation, 11, 0)
+    assert end.got(11) == b"headFFFtail"
+    assert end.nothing_comes()
+    source.close()
+
+
+def test_both_say_what_they_can_do(end: End) -> None:
+    assert (end.sock.half_closes, end.sock.detachable) == (True, True)
+    assert end.sock.gather_max == SEND_GATHER_MAX
 
 
 def test_more_than_a_buffer_takes_comes_in_several(end: End) -> None:

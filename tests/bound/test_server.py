@@ -28,8 +28,7 @@ from support import (
     wait_until,
 )
 
-from iocp_ctypes import OPTIONS, Connection, ConnectionClosedError, Engine, Server, Usage, _win32
-from iocp_ctypes import server as server_module
+from iocp_ctypes import OPTIONS, Connection, ConnectionClosedError, Engine, Server, Usage, _listening, _win32
 
 # -- what is refused before a socket exists -----------------------------------------------------------------
 
@@ -91,6 +90,8 @@ BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"tls": "cert.pem"}, TypeError, "an ssl.SSLContext or None"),
     ({"tls_handshake_timeout": 0}, ValueError, "seconds"),
     ({"tls_handshake_timeout": None}, TypeError, "seconds"),
+    ({"reject_remote": 0}, TypeError, "True or False"),
+    ({"pipe_security": "all"}, ValueError, "in SDDL, such as"),
     ({"blacklog": 5}, TypeError, "the options are backlog"),
 ]
 
@@ -141,7 +142,7 @@ def test_every_option_is_refused_something() -> None:
         (("127.0.0.1", 0, 0, 0), ValueError, "wrong family"),
         (("::1", 0, -1, 0), ValueError, "flowinfo"),
         (("::1", 0, 0), TypeError, "(host, port)"),
-        ("127.0.0.1:80", TypeError, "'127.0.0.1:80'"),
+        ("127.0.0.1:80", ValueError, "'127.0.0.1:80'"),
         (80, TypeError, "address=80"),
         (None, TypeError, "address=None"),
         ([], ValueError, "no address"),
@@ -1180,5 +1181,7 @@ def test_the_defaults_are_those_of_the_documentation() -> None:
         "trace": 0,
         "tls": None,
         "tls_handshake_timeout": 10,
+        "reject_remote": True,
+        "pipe_security": None,
     }
-    assert server_module.LISTEN_BACKLOG_MIN == 200
+    assert _listening.LISTEN_BACKLOG_MIN == 200

@@ -18,10 +18,11 @@ from iocp_ctypes import _sockops, _win32
 from iocp_ctypes._addresses import parse_sockaddr
 from iocp_ctypes._dispatcher import Dispatcher
 from iocp_ctypes._flow import SEND_GATHER_MAX, Piece
+from iocp_ctypes._listening import listen
 from iocp_ctypes._options import KEEPALIVE_MAX
 from iocp_ctypes._port import Batch, CompletionPort
 from iocp_ctypes._proactor import COMPLETED, PENDING, Operation, Proactor
-from iocp_ctypes._sockops import NOT_CONNECTED, ListeningSocket, OverlappedSocket, error_code, listen
+from iocp_ctypes._sockops import NOT_CONNECTED, ListeningSocket, OverlappedSocket, error_code
 from iocp_ctypes.watchdog import Watchdog
 
 PATIENCE_MS = 10_000
@@ -55,6 +56,15 @@ class Table:
         """The next packet: its operation, bytes and status."""
         ready: deque[tuple[Any, int]] = deque()
         assert self.port.reap(Batch(1), PATIENCE_MS, ready) == 1
+        address, transferred = ready.popleft()
+        operation = self.proactor.pending.pop(address)
+        return operation, transferred, operation.Internal
+
+    def next_within(self, milliseconds: int) -> tuple[Operation, int, int] | None:
+        """The next packet, where it comes in time."""
+        ready: deque[tuple[Any, int]] = deque()
+        if not self.port.reap(Batch(1), milliseconds, ready):
+            return None
         address, transferred = ready.popleft()
         operation = self.proactor.pending.pop(address)
         return operation, transferred, operation.Internal

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import random
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,6 +36,7 @@ from iocp_ctypes import (
 )
 from iocp_ctypes import stream as stream_module
 
+STUCK = 12_000_000  # more bytes than the kernel takes for a peer that does not read
 SHORT = 0.05  # seconds of a time-out that is expected
 
 
@@ -475,6 +478,70 @@ def test_a_stream_that_nobody_closed() -> None:
 
 
 # -- opening ------------------------------------------------------------------------------------------------
+
+
+def test_a_file_comes_between_what_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(random.Random(1).randbytes(3_000_000))
+    with pair() as (stream, peer):
+        stream.write(b"before ")
+        with path.open("rb") as file:
+            stream.send_file(file, 10, 2_000_000, header=b"<", trailer=b">")
+        after = Task(stream.write, b" after")  # it waits until the file is sent
+        expected = b"before <" + path.read_bytes()[10:2_000_010] + b"> after"
+        assert hashlib.sha256(read_exactly(peer, len(expected))).digest() == hashlib.sha256(expected).digest()
+        after.join(PATIENCE)
+        stream.send_file(path)
+        closing = Task(stream.close)
+        assert len(read_exactly(peer, 3_000_000)) == 3_000_000
+        peer.close()
+        closing.join(PATIENCE)
+
+
+def test_a_file_that_waits_too_long_is_not_sent(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"file")
+    with pair() as (stream, peer):
+        stream.write(b"x" * STUCK)
+        with pytest.raises(TimeoutError, match=r"send_file\(\): not done within"):
+            stream.send_file(path, timeout=SHORT)
+        path.rename(tmp_path / "nobody has it open")
+        with pytest.raises(FileNotFoundError):
+            stream.send_file(path)
+        assert len(read_exactly(peer, STUCK)) == STUCK
+        stream.write(b"next")
+        assert read_exactly(peer, 4) == b"next"
+
+
+def test_no_file_after_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"file")
+    with pair() as (stream, _peer):
+        stream.write_eof()
+        with pytest.raises(ConnectionClosedError, match="after write_eof"):
+            stream.send_file(path)
+        stream.abort()
+        with pytest.raises(ConnectionClosedError, match=r"send_file\(\): the stream is closed"):
+            stream.send_file(path)
+
+
+def test_a_file_that_shrinks_is_told_by_close(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(30_000_000))
+    with pair() as (stream, peer):
+        stream.send_file(path)
+        with path.open("r+b") as file:
+            file.truncate(1000)
+        reader = Task(read_or_reset, peer)
+        with pytest.raises(OSError, match="a file ended"):
+            stream.close()
+        reader.join(PATIENCE)
+
+
+def read_or_reset(sock: socket.socket) -> None:
+    """Read up to the end, whichever it is."""
+    with contextlib.suppress(OSError):
+        read_all(sock)
 
 
 def test_refused() -> None:

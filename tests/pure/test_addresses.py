@@ -14,8 +14,11 @@ from hypothesis import strategies as st
 
 from iocp_ctypes import _addresses
 from iocp_ctypes._addresses import (
+    PIPE_NAME_MAX,
+    PIPE_PREFIX,
     check_address,
     check_addresses,
+    check_pipe_name,
     format_address,
     parse_sockaddr,
     resolve_listening,
@@ -163,7 +166,6 @@ def test_good_addresses_are_taken_as_they_are(address: Any) -> None:
     "address",
     [
         None,
-        "127.0.0.1:80",
         80,
         ("127.0.0.1",),
         ("127.0.0.1", 80, 0),
@@ -199,6 +201,8 @@ def test_wrong_shapes_are_a_type_error_that_shows_the_right_one(address: Any) ->
         ("", 80, 0, 0),
         [],
         set(),
+        "127.0.0.1:80",
+        "NAME",
     ],
     ids=repr,
 )
@@ -206,6 +210,48 @@ def test_wrong_values_are_a_value_error_that_shows_the_address(address: Any) -> 
     with pytest.raises(ValueError, match="address=") as caught:
         check_addresses(address)
     assert repr(address) in str(caught.value)
+
+
+def test_names_of_pipes_are_told_by_their_prefix() -> None:
+    assert check_pipe_name(r"\\.\pipe\a name.1") == r"\\.\pipe\a name.1"
+    assert check_pipe_name(r"\\.\PIPE\Name") == r"\\.\pipe\Name"
+    longest = PIPE_PREFIX + "x" * PIPE_NAME_MAX
+    assert len(longest) == 256
+    assert check_pipe_name(longest) == longest
+    two = [r"\\.\pipe\a", r"\\.\pipe\b"]
+    assert check_addresses(two[0]) == two[:1]
+    assert check_addresses(two) == check_addresses(tuple(two)) == two
+    assert check_addresses([("", 1), two[0]]) == [("", 1), two[0]]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "NAME",
+        r"\\.\pipe",
+        PIPE_PREFIX,
+        r"\\host\pipe\name",
+        r"\\.\mailslot\name",
+        "//./pipe/name",
+        PIPE_PREFIX + r"a\b",
+        PIPE_PREFIX + "a\0b",
+        PIPE_PREFIX + "x" * (PIPE_NAME_MAX + 1),
+    ],
+)
+def test_other_names_are_a_value_error_that_shows_the_right_form(name: str) -> None:
+    for check in (check_pipe_name, check_addresses):
+        with pytest.raises(ValueError, match=r"a pipe's name is ") as caught:
+            check(name)
+        assert repr(name) in str(caught.value)
+        assert PIPE_PREFIX + "NAME" in str(caught.value)
+
+
+def test_the_address_of_a_pipe_is_one_already() -> None:
+    address = (PIPE_PREFIX + "name", 1234)
+    assert parse_sockaddr(address) is address
+    assert format_address(address) == r"\\.\pipe\name (process 1234)"
+    assert format_address(address[0]) == r"\\.\pipe\name"
 
 
 def test_several_addresses_may_come_in_any_iterable() -> None:
@@ -225,7 +271,7 @@ def test_several_addresses_may_come_in_any_iterable() -> None:
 def test_one_bad_address_of_several_is_named() -> None:
     with pytest.raises(TypeError, match=r"address=\('b', 'x'\)"):
         check_addresses([("a", 1), ("b", "x")])
-    with pytest.raises(TypeError, match="address='b'"):
+    with pytest.raises(ValueError, match="address='b'"):
         check_addresses([("a", 1), "b"])
 
 

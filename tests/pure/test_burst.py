@@ -417,6 +417,25 @@ def test_forgetting_tells_the_first_end_and_keeps_what_is_being_read() -> None:
     assert burst.forget() is NOTHING
 
 
+def test_what_waits_is_told_in_order_and_not_taken() -> None:
+    burst = Burst()
+    for number in range(6):
+        assert burst.post(SIZE, Slot(number)) == number
+    burst.arrive(1, chunk(1))
+    assert burst.waiting() == []
+    burst.arrive(0, chunk(0))
+    burst.arrive(3, chunk(3))
+    assert burst.waiting() == [chunk(0), chunk(1)]
+    burst.arrive(2, NOTHING)
+    assert burst.waiting() == [chunk(0), chunk(1), chunk(3)]
+    assert burst.take() == chunk(0)
+    burst.arrive(4, EOF)
+    burst.arrive(5, EOF)
+    assert burst.waiting() == [chunk(1), chunk(3)]
+    assert [burst.take() for _ in range(3)] == [chunk(1), chunk(3), EOF]
+    assert burst.waiting() == []
+
+
 def test_idle_is_when_nothing_is_under_way() -> None:
     burst = Burst()
     assert burst.idle

@@ -13,6 +13,11 @@ from iocp_ctypes._errors import TABLE, Failure, error_from_code, error_from_stat
 # One line a Winsock code: the NTSTATUS values and Win32 codes that stand for it, the class of its exception,
 # its errno, and why a connection ends by it.
 EXPECTED: dict[int, tuple[set[int], set[int], type[OSError], str, str]] = {
+    2: ({0xC0000034}, {2}, FileNotFoundError, "ENOENT", "refused"),
+    109: ({0xC000014B}, {109}, BrokenPipeError, "EPIPE", "reset"),
+    231: ({0xC00000AC, 0xC00000AE}, {231}, BlockingIOError, "EAGAIN", "refused"),
+    232: ({0xC00000B1}, {232}, BrokenPipeError, "EPIPE", "reset"),
+    233: ({0xC00000B0}, {233}, ConnectionResetError, "ECONNRESET", "reset"),
     995: ({0xC0000120}, set(), ConnectionAbortedError, "ECANCELED", "aborted"),
     10013: ({0xC0000022}, {5}, PermissionError, "EACCES", "aborted"),
     10014: ({0xC0000005}, {998}, OSError, "EFAULT", "aborted"),
@@ -127,7 +132,7 @@ def test_the_class_of_an_exception_is_what_python_makes_of_its_errno() -> None:
             assert python is row.exception, row
 
 
-@pytest.mark.parametrize("code", [1, 2, 317, 9999, 65535, 0xFFFFFFFF])
+@pytest.mark.parametrize("code", [1, 3, 317, 9999, 65535, 0xFFFFFFFF])
 def test_an_unknown_code_is_told(code: int) -> None:
     exc = error_from_code(code, "the call")
     assert type(exc) is OSError
@@ -165,6 +170,11 @@ def test_the_named_constants_are_the_documented_numbers() -> None:
     assert {name: value for name, value in vars(_errors).items() if name.startswith(("WSA", "ERROR_"))} == {
         "WSA_IO_PENDING": 997,
         "ERROR_OPERATION_ABORTED": 995,
+        "ERROR_HANDLE_EOF": 38,
+        "ERROR_BROKEN_PIPE": 109,
+        "ERROR_PIPE_BUSY": 231,
+        "ERROR_NO_DATA": 232,
+        "ERROR_PIPE_CONNECTED": 535,
         "WSAENOTSOCK": 10038,
         "WSAEINVAL": 10022,
         "WSAEWOULDBLOCK": 10035,

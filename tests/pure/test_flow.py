@@ -272,3 +272,26 @@ def test_what_is_put_back_comes_first() -> None:
     again, length = flow.take()
     assert bytes_of(again) == b"efglater"
     assert length == 8
+
+
+# -- files --------------------------------------------------------------------------------------------------
+
+
+def test_while_a_file_is_there_the_flow_is_above_and_not_relieved() -> None:
+    flow = WriteFlow()
+    flow.files = 1
+    assert flow.mark(1000) is False
+    assert flow.above
+    assert not flow.relieved(1000)
+    flow.files = 0
+    assert flow.relieved(1000)
+    assert not flow.relieved(1000)
+
+
+def test_what_waits_behind_a_file_is_part_of_the_size_and_forgotten_with_all() -> None:
+    flow = WriteFlow()
+    flow.push(b"12345")
+    flow.files, flow.held = 2, 100
+    assert flow.size == 105
+    flow.clear()
+    assert (flow.size, flow.files, flow.held) == (0, 0, 0)

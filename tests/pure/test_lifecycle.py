@@ -102,7 +102,7 @@ def test_only_close_begins_draining_and_only_draining_lingers() -> None:
 
 def test_reasons_are_their_own_text() -> None:
     assert " ".join(CloseReason) == (
-        "local eof reset aborted timeout idle silent deadline overflow tls error shutdown refused"
+        "local eof reset aborted timeout idle silent deadline overflow tls error shutdown refused detached"
     )
     for reason in CloseReason:
         assert reason == reason.value == str(reason) == f"{reason}"

@@ -105,6 +105,13 @@ CASES = {
     "trace": whole(0, 0, 1_000_000),
     "tls": Case(None, CONTEXTS, [], "an ssl.SSLContext or None"),
     "tls_handshake_timeout": seconds(10.0, none=False),
+    "reject_remote": flag(True),
+    "pipe_security": Case(
+        None,
+        ["D:(A;;GA;;;WD)", "O:BAD:"],
+        ["", "everybody"],
+        "in SDDL, such as 'D:(A;;GA;;;WD)', or None",
+    ),
 }
 OF_WRONG_TYPE: list[Any] = ["5", b"5", [5], {}, object(), 1 + 2j]
 

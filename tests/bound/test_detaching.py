@@ -1,0 +1,372 @@
+"""_detaching.py: a connection lets its socket go; nothing that was sent or received is lost."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import socket
+import threading
+import time
+from typing import Any
+
+import pytest
+from support import (
+    PATIENCE,
+    Echo,
+    Recorder,
+    ended,
+    made,
+    raw,
+    read_all,
+    read_exactly,
+    rst,
+    serving,
+    wait_until,
+)
+
+from iocp_ctypes import ConnectionClosedError, StreamServer, _sockops, _win32, _win32files, connect
+from iocp_ctypes._options import KIB
+
+MIB = 1 << 20
+SOON = 0.05
+
+
+class Giving(Recorder):
+    """Detaches in the callback of a name and keeps the socket."""
+
+    where = "connect"
+    sock: Any = None
+
+    def give(self, where: str) -> None:
+        if where == type(self).where:
+            self.sock = self.detach()
+
+    def connected(self) -> None:
+        self.give("connect")
+
+    def got(self, data: bytes) -> None:
+        self.give("data")
+
+    def ended(self) -> bool:
+        self.give("eof")
+        return True
+
+    def drained(self) -> None:
+        self.give("drain")
+
+
+def giving(where: str) -> type[Giving]:
+    return type("Gives", (Giving,), {"where": where})
+
+
+def check_given(connection: Any) -> socket.socket:
+    """Assert that a connection ended by giving its socket away, and return that."""
+    connection.until("close")
+    connection.check()
+    assert connection.close_reason == "detached"
+    assert connection.calls[-1].value is None
+    assert not connection.closing
+    sock: socket.socket = connection.sock
+    assert sock.gettimeout() is None
+    assert sock.getpeername() == connection.peer_address
+    assert sock.getsockname() == connection.local_address
+    sock.settimeout(PATIENCE)
+    return sock
+
+
+def test_in_on_connect(io_threads: int) -> None:
+    handler = giving("connect")
+    with serving(handler, io_threads=io_threads) as server, raw(server.address) as client:
+        client.sendall(b"hello")
+        (connection,) = made(handler)
+        with check_given(connection) as sock:
+            assert connection.names == ["connect", "close"]
+            assert connection.unread == b""
+            assert read_exactly(sock, 5) == b"hello"
+            sock.sendall(b"you")
+            assert read_exactly(client, 3) == b"you"
+            wait_until(lambda: server.connections == [])
+            assert server.stats().closed == {"detached": 1}
+            assert server.engine.ops_pending == server.backlog.in_use
+        assert ended(client) == "eof"
+
+
+@pytest.mark.parametrize("recv_mode", ["flow", "zero-byte", "auto"])
+@pytest.mark.parametrize("work_threads", [0, 2])
+def test_in_on_data(recv_mode: str, work_threads: int, io_threads: int) -> None:
+    handler = giving("data")
+    with (
+        serving(handler, recv_mode=recv_mode, work_threads=work_threads, io_threads=io_threads) as server,
+        raw(server.address) as client,
+    ):
+        client.sendall(b"please")
+        (connection,) = made(handler)
+        connection.until("data")
+        client.sendall(b" and more")
+        with check_given(connection) as sock:
+            rest = connection.received + connection.unread
+            assert rest + read_exactly(sock, 15 - len(rest)) == b"please and more"
+
+
+def test_in_on_eof() -> None:
+    handler = giving("eof")
+    with serving(handler) as server, raw(server.address) as client:
+        client.sendall(b"all")
+        client.shutdown(socket.SHUT_WR)
+        (connection,) = made(handler)
+        with check_given(connection) as sock:
+            assert connection.received == b"all"
+            assert sock.recv(10) == b""
+            sock.sendall(b"the answer")
+        assert read_all(client) == b"the answer"
+
+
+def test_with_first_bytes_of_the_accept() -> None:
+    handler = giving("connect")
+    with serving(handler, accept_data=100) as server, raw(server.address) as client:
+        client.sendall(b"came with the accept")
+        (connection,) = made(handler)
+        with check_given(connection) as sock:
+            assert connection.unread + read_exactly(sock, 20 - len(connection.unread)) == (
+                b"came with the accept"
+            )
+            assert connection.unread
+
+
+@pytest.mark.parametrize("recv_mode", ["flow", "zero-byte"])
+def test_from_another_thread_while_a_receive_is_posted(recv_mode: str, io_threads: int) -> None:
+    with serving(Recorder, recv_mode=recv_mode, io_threads=io_threads) as server:
+        for number in range(10):
+            with raw(server.address) as client:
+                connection = made(Recorder, number + 1)[number]
+                connection.until("connect")
+                wait_until(lambda: server.engine.ops_pending > server.backlog.in_use)
+                connection.sock = connection.detach()
+                with check_given(connection) as sock:
+                    client.sendall(b"hello")
+                    assert connection.unread == b""
+                    assert read_exactly(sock, 5) == b"hello"
+
+
+def test_in_another_callback_while_a_receive_is_posted(io_threads: int) -> None:
+    """The packet of the receive comes on an I/O thread, and this callback holds up the one there is."""
+    handler = giving("drain")
+    with (
+        serving(handler, io_threads=io_threads, recv_mode="flow", high_mark=KIB, low_mark=0) as server,
+        raw(server.address) as client,
+    ):
+        (connection,) = made(handler)
+        connection.until("connect")
+        data = bytes(8 * MIB)
+        connection.send(data)
+        assert read_exactly(client, len(data)) == data
+        with check_given(connection) as sock:
+            sock.sendall(b"on with it")
+            assert read_exactly(client, 10) == b"on with it"
+
+
+def test_a_stream_of_bytes_is_not_torn(io_threads: int) -> None:
+    """Whatever the moment: what on_data got, what is unread and what is in the socket make the whole."""
+    sent = random.Random(8).randbytes(4 * MIB)
+    with serving(Recorder, io_threads=io_threads) as server:
+        for number in range(6):
+            with raw(server.address) as client:
+                sender = threading.Thread(target=client.sendall, args=(sent,))
+                sender.start()
+                connection = made(Recorder, number + 1)[number]
+                wait_until(lambda c=connection, n=number: c.bytes_received > n * 300_000)
+                connection.sock = connection.detach()
+                before = connection.bytes_received
+                with check_given(connection) as sock:
+                    whole = connection.received + connection.unread
+                    assert len(whole) == connection.bytes_received == before
+                    whole += read_exactly(sock, len(sent) - len(whole))
+                sender.join()
+                assert hashlib.sha256(whole).digest() == hashlib.sha256(sent).digest()
+
+
+def test_what_came_while_reading_was_paused_is_unread() -> None:
+    with serving(Recorder, recv_mode="flow") as server, raw(server.address) as client:
+        (connection,) = made(Recorder)
+        connection.until("connect")
+        wait_until(lambda: server.engine.ops_pending > server.backlog.in_use)
+        connection.pause_reading()
+        client.sendall(b"stashed")
+        wait_until(lambda: connection.unread == b"stashed")
+        connection.sock = connection.detach()
+        with check_given(connection) as sock:
+            client.sendall(b" and not")
+            assert connection.unread == b"stashed"
+            assert read_exactly(sock, 8) == b" and not"
+        assert connection.received == b""
+
+
+def test_what_is_queued_is_sent_before(tmp_path: Any) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(random.Random(9).randbytes(3 * MIB))
+    with serving(Recorder) as server, raw(server.address) as client:
+        (connection,) = made(Recorder)
+        connection.until("connect")
+        data = random.Random(10).randbytes(6 * MIB)
+        connection.send(data)
+        connection.send_file(path)
+        got: list[bytes] = []
+        reader = threading.Thread(target=lambda: got.append(read_exactly(client, 9 * MIB)))
+        reader.start()
+        connection.sock = connection.detach(timeout=None)
+        reader.join()
+        assert got == [data + path.read_bytes()]
+        with check_given(connection) as sock:
+            sock.sendall(b".")
+            assert read_exactly(client, 1) == b"."
+
+
+def test_where_it_cannot_be_sent_in_time_all_goes_on_as_before() -> None:
+    with serving(Echo) as server, raw(server.address) as client:
+        (connection,) = made(Echo)
+        connection.until("connect")
+        data = bytes(12 * MIB)
+        connection.send(data)
+        client.sendall(b"meanwhile")
+        for timeout in (0, 0.1):
+            with pytest.raises(TimeoutError, match="bytes are unsent after"):
+                connection.detach(timeout)
+        assert not connection.closed
+        assert read_exactly(client, len(data) + 9) == data + b"meanwhile"
+        client.sendall(b"as before")
+        assert read_exactly(client, 9) == b"as before"
+
+
+def test_a_time_out_leaves_a_pause_alone() -> None:
+    with serving(Recorder) as server, raw(server.address) as client:
+        (connection,) = made(Recorder)
+        connection.until("connect")
+        connection.pause_reading()
+        connection.send(bytes(12 * MIB))
+        with pytest.raises(TimeoutError):
+            connection.detach(0)
+        client.sendall(b"hello")
+        time.sleep(SOON)
+        assert connection.received == b""
+
+
+def test_what_is_not_open_cannot_be_detached() -> None:
+    fresh = Recorder()
+    with pytest.raises(ConnectionClosedError, match="not connected"):
+        fresh.detach()
+    with serving(Recorder) as server, raw(server.address):
+        (connection,) = [one for one in made(Recorder, 2) if one is not fresh]
+        connection.until("connect")
+        connection.close()
+        with pytest.raises(ConnectionClosedError, match="is not open"):
+            connection.detach()
+        connection.until("close")
+        with pytest.raises(ConnectionClosedError, match="is not open"):
+            connection.detach()
+    for wrong in (-1, float("nan")):
+        with pytest.raises(ValueError, match="timeout="):
+            connection.detach(wrong)
+
+
+def test_twice_is_once() -> None:
+    with serving(Recorder) as server, raw(server.address):
+        (connection,) = made(Recorder)
+        connection.until("connect")
+        with connection.detach():
+            with pytest.raises(ConnectionClosedError):
+                connection.detach()
+            for late in (connection.abort, connection.close, connection.pause_reading):
+                late()
+            connection.resume_reading()
+            with pytest.raises(ConnectionClosedError):
+                connection.send(b"x")
+            assert connection.wait_closed(PATIENCE)
+
+
+def test_the_peers_reset_while_it_waits_is_told() -> None:
+    with serving(Recorder) as server:
+        client = raw(server.address)
+        (connection,) = made(Recorder)
+        connection.until("connect")
+        connection.send(bytes(12 * MIB))
+        resetting = threading.Timer(0.1, rst, (client,))
+        resetting.start()
+        with pytest.raises(ConnectionClosedError, match="is not open"):
+            connection.detach(PATIENCE)
+        resetting.join()
+        connection.until("close")
+        assert connection.close_reason == "reset"
+
+
+def test_many_threads_want_it_and_one_gets_it() -> None:
+    with serving(Recorder) as server, raw(server.address):
+        (connection,) = made(Recorder)
+        connection.until("connect")
+        got: list[Any] = []
+
+        def want() -> None:
+            try:
+                got.append(connection.detach())
+            except ConnectionClosedError as exc:
+                got.append(exc)
+
+        threads = [threading.Thread(target=want) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        (sock,) = [one for one in got if isinstance(one, socket.socket)]
+        assert len(got) == 6
+        sock.close()
+
+
+def test_a_client_connection_gives_its_socket_as_well() -> None:
+    with serving(Echo) as server:
+        connection = connect(server.address, Recorder)
+        connection.until("connect")
+        with connection.detach() as sock:
+            sock.sendall(b"hello")
+            assert read_exactly(sock, 5) == b"hello"
+        connection.check()
+
+
+def test_a_stream_keeps_what_it_has_not_been_asked_for() -> None:
+    taken: list[Any] = []
+
+    def serve(stream: Any) -> None:
+        assert stream.readline() == b"one\n"
+        wait_until(lambda: len(stream.connection.buffer) == 4)
+        sock = stream.connection.detach()
+        taken.append((sock, stream.connection.unread))
+
+    with StreamServer(("127.0.0.1", 0), serve) as server, raw(server.address) as client:
+        client.sendall(b"one\ntwo\n")
+        wait_until(lambda: taken)
+        sock, unread = taken[0]
+        assert unread == b"two\n"
+        sock.sendall(b"bye")
+        sock.close()
+        assert read_all(client) == b"bye"
+
+
+@pytest.mark.wine_differs("detached-port")
+def test_the_socket_is_taken_off_the_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    native, calls = _win32files.NtSetInformationFile, []
+
+    def spy(handle: int, block: Any, value: Any, size: int, kind: int) -> Any:
+        content = value._obj
+        calls.append((handle, content.Port, content.Key, size == _sockops.sizeof(content), kind))
+        return native(handle, block, value, size, kind)
+
+    monkeypatch.setattr(_win32files, "NtSetInformationFile", spy)
+    with serving(Recorder) as server, raw(server.address):
+        (connection,) = made(Recorder)
+        connection.until("connect")
+        with connection.detach() as sock:
+            assert calls == [(sock.fileno(), 0, 0, True, 61)]
+            if _win32.is_wine():
+                with pytest.raises(OSError, match="already belongs to another completion port"):
+                    server.adopt(sock)
+                assert sock.fileno() != -1, "it is still its owner's"
+            else:
+                server.adopt(sock)
