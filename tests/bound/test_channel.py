@@ -557,18 +557,19 @@ def test_sendcap_is_never_exceeded(io_threads: int, cap: int, monkeypatch: pytes
         seen.append(connection.sendcap)  # this send is not counted yet
         return real(*args)
 
-    with serving(Recorder, io_threads=io_threads, sendcap=cap) as server, raw(server.address) as client:
+    options = {"io_threads": io_threads, "sendcap": cap, "write_buffer_max": 64 * MIB}
+    with serving(Recorder, **options) as server, raw(server.address) as client:
         (connection,) = made(Recorder)
         connection.until("connect")
         monkeypatch.setattr(_win32, "hot_send", spy)
 
         def talk() -> None:
-            for _ in range(20):
+            for _ in range(100):  # more than the kernel takes for a peer that does not read
                 connection.send(bytes(100_000))
 
         with beside(talk, talk, talk):
             wait_until(lambda: connection.sendcap.in_use == cap, what="the cap is used")
-            assert len(read_exactly(client, 6_000_000)) == 6_000_000
+            assert len(read_exactly(client, 30_000_000)) == 30_000_000
         wait_until(lambda: connection.sendcap == Usage(cap, 0))
         monkeypatch.undo()
     assert {usage.cap for usage in seen} == {cap}
