@@ -12,7 +12,16 @@ from iocp_ctypes._options import OPTIONS
 from iocp_ctypes._tunables import Tunables
 
 #: Options that hold for the life of a server.
-FIXED = {"listen_backlog", "accept_data", "io_threads", "work_threads", "exclusive", "dualstack"}
+FIXED = {
+    "listen_backlog",
+    "accept_data",
+    "io_threads",
+    "work_threads",
+    "exclusive",
+    "dualstack",
+    "reject_remote",
+    "pipe_security",
+}
 
 
 def test_every_option_that_is_not_fixed_is_live() -> None:
