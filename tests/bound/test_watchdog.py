@@ -199,7 +199,7 @@ def test_on_the_real_clock_time_passes_by_itself() -> None:
     began = time.monotonic()
     watchdog.later(0.05, called.set)
     assert called.wait(PATIENCE)
-    assert time.monotonic() - began >= 0.049  # instants are whole milliseconds, and their difference is rounded
+    assert time.monotonic() - began >= 0.049  # the difference of two instants is rounded
     assert watchdog.stop(PATIENCE)
 
 
