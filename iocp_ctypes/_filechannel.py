@@ -29,6 +29,7 @@ from ._channel import Buffer, as_bytes
 from ._errors import (
     ERROR_HANDLE_EOF,
     RESOURCE_CODES,
+    WSAECONNRESET,
     ConnectionClosedError,
     error_from_code,
     reason_of,
@@ -348,9 +349,13 @@ class FileChannel(BurstChannel):
         if code == COMPLETED:
             self._transmitted(operation, operation.InternalHigh, 0)
             return
+        # Wine never completes one that it begins after a reset.
+        reset = code == PENDING and sock.was_reset()
         with self._lock:
             if code == PENDING:
-                if self._state == life.JOINING:  # it ended while the call was made: nobody cancelled this one
+                if reset and self._state < life.JOINING:
+                    self._file_failed(WSAECONNRESET)
+                elif self._state == life.JOINING:  # it ended during the call: nobody cancelled this one
                     sock.cancel()
                 return
             self._flow.sends -= 1

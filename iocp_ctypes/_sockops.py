@@ -285,6 +285,11 @@ class OverlappedSocket:
             return PENDING
         return self._proactor.settle(operation)
 
+    def was_reset(self) -> bool:
+        """Whether the peer has reset the connection; for where no receive would tell."""
+        entry = _win32files.WSAPOLLFD(self._handle)
+        return _win32files.WSAPoll(byref(entry), 1, 0) == 1 and bool(entry.revents & _win32files.POLLERR)
+
     # -- connecting -----------------------------------------------------------------------------------------
 
     def connect(self, operation: Operation, handler: Handler, address: Address) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from ctypes import POINTER, c_int64, c_uint32, c_void_p, c_wchar_p
+from ctypes import POINTER, c_int, c_int16, c_int64, c_uint32, c_void_p, c_wchar_p
 from typing import Any, Final
 
 from ._win32 import BOOL, DWORD, GUID, HANDLE, NTSTATUS, SOCKET, ULONG, ULONG_PTR
@@ -25,6 +25,7 @@ FILE_FLAG_FIRST_PIPE_INSTANCE: Final = 0x00080000
 SECURITY_SQOS_PRESENT: Final = 0x00100000
 SECURITY_IDENTIFICATION: Final = 0x00010000
 FILE_TYPE_DISK: Final = 1
+POLLERR: Final = 0x0001
 DUPLICATE_SAME_ACCESS: Final = 2
 PIPE_ACCESS_DUPLEX: Final = 3
 PIPE_REJECT_REMOTE_CLIENTS: Final = 8  # with PIPE_TYPE_BYTE, PIPE_READMODE_BYTE and PIPE_WAIT, which are 0
@@ -43,6 +44,12 @@ class TRANSMIT_FILE_BUFFERS(ctypes.Structure):
     """mswsock.h. What TransmitFile sends before and after the file."""
 
     _fields_ = (("Head", c_void_p), ("HeadLength", DWORD), ("Tail", c_void_p), ("TailLength", DWORD))
+
+
+class WSAPOLLFD(ctypes.Structure):
+    """winsock2.h."""
+
+    _fields_ = (("fd", SOCKET), ("events", c_int16), ("revents", c_int16))
 
 
 class SECURITY_ATTRIBUTES(ctypes.Structure):
@@ -76,6 +83,7 @@ if sys.platform == "win32":
     _kernel32 = WinDLL("kernel32", use_last_error=True)
     _advapi32 = WinDLL("advapi32", use_last_error=True)
     _ntdll = WinDLL("ntdll")
+    _ws2_32 = WinDLL("ws2_32", use_last_error=True)
 
     # BOOL TransmitFile(SOCKET, HANDLE file, DWORD bytes, DWORD bytes per send, OVERLAPPED *, TRANSMIT_FILE_
     # BUFFERS * or NULL, DWORD flags). FALSE on failure, ERROR_IO_PENDING among them; begins at the Offset of
@@ -85,6 +93,9 @@ if sys.platform == "win32":
     TRANSMITFILE = WINFUNCTYPE(
         BOOL, SOCKET, HANDLE, DWORD, DWORD, c_void_p, c_void_p, DWORD, use_last_error=True
     )
+    # int WSAPoll(WSAPOLLFD *in out, ULONG count, INT milliseconds). How many have events; SOCKET_ERROR on
+    # failure. Does not block with 0 ms. learn.microsoft.com/windows/win32/api/winsock2/nf-winsock2-wsapoll
+    WSAPoll = _bind(_ws2_32, "WSAPoll", c_int, POINTER(WSAPOLLFD), ULONG, c_int)
     # HANDLE ReOpenFile(HANDLE, DWORD access, DWORD share, DWORD flags). INVALID_HANDLE_VALUE on failure. A
     # file object of its own, with its own position and flags.
     # learn.microsoft.com/windows/win32/api/winbase/nf-winbase-reopenfile

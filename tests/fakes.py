@@ -259,6 +259,7 @@ class FakeSocket:
     def __init__(self, engine: FakeEngine, skips: bool = True) -> None:
         self.family = 2
         self.transmits = True
+        self.reset_unseen = False  # what `was_reset` says: a reset that no operation has told of
         self.transmitted: list[tuple[int, int]] = []  # offset and bytes of each file part, in order
         self.released = False
         self.local_raw = self.peer_raw = b""
@@ -353,6 +354,9 @@ class FakeSocket:
                 self.complete_send(part=behaviour.part, status=behaviour.status, index=-1, elsewhere=True)
             )
         return PENDING
+
+    def was_reset(self) -> bool:
+        return self.reset_unseen
 
     def transmit(self, operation: Any, handler: Any) -> int:
         """A send of header, file and trailer; planned among the sends."""

@@ -597,6 +597,16 @@ def test_a_peer_that_is_gone_is_no_matter_of_the_file(rig: FileRig, at_once: boo
     assert isinstance(rig.connection.calls[-1].value, ConnectionResetError)
 
 
+def test_a_reset_that_the_call_does_not_tell_of(rig: FileRig) -> None:
+    """Wine lets a TransmitFile wait for ever where it had seen the reset before the call."""
+    rig.sock.reset_unseen = True
+    rig.serve(lambda: rig.connection.send_file(rig.small))
+    rig.run()
+    assert rig.connection.close_reason == "reset"
+    assert isinstance(rig.connection.calls[-1].value, ConnectionResetError)
+    rig.ended()
+
+
 def test_an_operation_that_the_system_dropped_ends_the_connection(rig: FileRig) -> None:
     """Wine does so where the thread ends that issued it; how much was sent nobody knows."""
     rig.serve(lambda: rig.connection.send_file(rig.small))

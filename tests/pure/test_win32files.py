@@ -25,6 +25,8 @@ LAYOUTS: dict[str, dict[str, tuple[int, int]]] = {
         "TailLength": (12, 24),
         "size": (16, 32),
     },
+    # winsock2.h: SOCKET fd; SHORT events, revents
+    "WSAPOLLFD": {"fd": (0, 0), "events": (4, 8), "revents": (6, 10), "size": (8, 16)},
     # minwinbase.h: DWORD nLength; LPVOID lpSecurityDescriptor; BOOL bInheritHandle
     "SECURITY_ATTRIBUTES": {
         "nLength": (0, 0),
@@ -52,6 +54,7 @@ CONSTANTS = {
     "SECURITY_SQOS_PRESENT": 0x00100000,
     "SECURITY_IDENTIFICATION": 1 << 16,  # SecurityIdentification << 16
     "FILE_TYPE_DISK": 1,
+    "POLLERR": 1,
     "DUPLICATE_SAME_ACCESS": 2,
     "PIPE_ACCESS_DUPLEX": 3,
     "PIPE_REJECT_REMOTE_CLIENTS": 8,
