@@ -6,7 +6,8 @@ Laws
    never while code of the application runs.
 3. A whole answer is one `send`. What does not fit into the write queue waits in the file, or with the
    application, for `on_drain`.
-4. An answer that cannot be completed ends with a reset: nobody takes a part for the whole.
+4. An answer that cannot be completed ends with a reset: nobody takes a part for the whole. So does a file
+   that cannot be sent.
 5. After an answer the connection goes on with the next request, unless one side said that it was the last,
    or the request had not come to its end.
 """
@@ -38,8 +39,6 @@ from .connection import Connection
 
 #: Bytes of a body up to which it is copied behind its head, which costs less than to gather both.
 COPIED_MAX: Final = 16 * 1024
-#: Bytes of a file that are read at a time where it is not the system that sends it.
-FILE_SLICE: Final = 256 * 1024
 
 #: Where the reading of requests is: in a head; in a body; the application is being called; a complete request
 #: waits for its answer; no more is read, because the connection closes or is somebody else's.
@@ -192,12 +191,15 @@ class Answers(Connection):
             self._status = response.status
             self._answer = STARTED
             empty = request.method == "HEAD" or self._framing == EMPTY
+            if isinstance(body, FileBody):
+                self._file, self._size = body, -len(head)  # which goes with the first part
+                parts = [(b"", 0, 0)] if empty else [*body.parts, (body.tail, 0, 0)]
+                before, offset, count = parts[0]
+                self._parts = [(head + before, offset, count), *parts[1:]][::-1]
+                return False
             if not whole:
                 going = self.send(head)
-                if isinstance(body, FileBody):
-                    self._parts = [(body.tail, 0, 0), *reversed(body.parts)] if not empty else []
-                    self._file = body
-                elif body and not empty:
+                if body and not empty:
                     going = self.send_body(body)
                 return going
             assert isinstance(body, bytes)
@@ -255,25 +257,10 @@ class Answers(Connection):
         body, parts = self._file, self._parts
         if body is None or parts is None or self.closing or self.closed:
             return
-        send_file = None if self.tls is not None else getattr(self, "send_file", None)
         while parts:
             before, offset, count = parts.pop()
-            going = self.send(before) if before else True
-            handed = len(before)
-            if count and send_file is not None:
-                going = send_file(body.file, offset, count)
-                handed += count
-            elif count:
-                body.file.seek(offset)
-                data = body.file.read(min(count, FILE_SLICE))
-                if not data:  # it has become shorter than we said
-                    self.abort()
-                    return
-                handed += len(data)
-                if len(data) < count:
-                    parts.append((b"", offset + len(data), count - len(data)))
-                going = self.send(data)
-            self._size += handed
+            going = self.send_file(body.file, offset, count, header=before) if count else self.send(before)
+            self._size += len(before) + count
             if not going:
                 return
         request = self._request

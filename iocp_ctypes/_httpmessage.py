@@ -167,7 +167,7 @@ class FileBody:
     __slots__ = ("file", "length", "parts", "tail")
 
     def __init__(self, file: Any, parts: list[tuple[bytes, int, int]], tail: bytes = b"") -> None:
-        """Take a binary file and (bytes before, offset, count) for each part."""
+        """Take what `send_file` takes as a file, and (bytes before, offset, count) for each part."""
         self.file = file
         self.parts = parts
         self.tail = tail

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import logging
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from support import serving, wait_until
 from web import Client
 
 from iocp_ctypes import ConnectionClosedError
-from iocp_ctypes._httpanswer import COPIED_MAX, FILE_SLICE
+from iocp_ctypes._filechannel import FILE_AHEAD
+from iocp_ctypes._httpanswer import COPIED_MAX
 from iocp_ctypes.http import FileBody, HTTPConnection, Request, Response, StaticFiles
 
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -220,7 +222,7 @@ def served(folder: Path) -> type[HTTPConnection]:
 
 def test_a_large_file_arrives_and_the_connection_goes_on(folder: Path) -> None:
     whole = (folder / "large.bin").read_bytes()
-    assert len(whole) > 10 * FILE_SLICE
+    assert len(whole) > 10 * FILE_AHEAD
     with serving(served(folder)) as server, Client(server.address) as client:
         for _ in range(2):
             answer = client.ask("/large.bin")
@@ -250,60 +252,60 @@ def test_who_reads_slowly_costs_little_memory(folder: Path) -> None:
         client.send(GET.replace(b"/ ", b"/large.bin "))
         connection = wait_until(lambda: server.connections)[0]
         wait_until(lambda: connection._file is not None)
-        assert connection.write_buffer_size < 4 * FILE_SLICE
+        assert connection.write_buffer_size < 4 * FILE_AHEAD
         assert len(client.answer().body) == 10_240_000
 
 
-def test_a_file_that_becomes_shorter_is_no_whole_answer() -> None:
-    class Shrinking:
-        """Claims more than it has."""
-
-        closed = 0
-
-        def seek(self, offset: int) -> int:
-            return offset
-
-        def read(self, count: int) -> bytes:
-            return b"" if self.closed else b"x"
-
-        def close(self) -> None:
-            self.closed += 1
+def test_a_file_that_becomes_shorter_is_no_whole_answer(
+    tmp_path: Path, expects_errors: list[logging.LogRecord]
+) -> None:
+    (tmp_path / "short").write_bytes(b"x" * 999)
 
     def answer(self: HTTPConnection, request: Request) -> Response:
-        file = Shrinking()
-        file.closed = 1
-        return Response(FileBody(file, [(b"", 0, 1000)]))
+        return Response(FileBody(tmp_path / "short", [(b"", 0, 999), (b"", 0, 1000)]))
 
-    class Plain(HTTPConnection):
-        send_file = None  # else the system reads the file, and needs a real one
-        on_request = answer
-
-    with serving(Plain) as server, Client(server.address) as client:
+    with serving(application(answer)) as server, Client(server.address) as client:
         client.send(GET)
         try:
-            assert len(client.rest()) < 1000
+            assert client.rest().count(b"x") <= 999
         except OSError:
             pass
         wait_until(lambda: not server.connections)
+    assert "has 999 bytes" in str(expects_errors[0].exc_info)
 
 
-def test_where_the_connection_can_send_files_it_does(folder: Path) -> None:
+def test_what_is_no_file_is_an_error_and_no_answer(expects_errors: list[logging.LogRecord]) -> None:
+    def answer(self: HTTPConnection, request: Request) -> Response:
+        return Response(FileBody(object(), [(b"", 0, 5)]))
+
+    with serving(application(answer)) as server, Client(server.address) as client:
+        client.send(GET)
+        try:
+            assert client.rest() == b""
+        except OSError:
+            pass
+        wait_until(lambda: not server.connections)
+    assert "must be a path" in str(expects_errors[0].exc_info)
+
+
+def test_the_head_and_a_file_are_one_call(folder: Path) -> None:
     asked: list[Any] = []
 
     class Sending(HTTPConnection):
         routes = {"/": StaticFiles(folder)}  # noqa: RUF012
 
-        def send_file(self, file: Any, offset: int = 0, count: int | None = None) -> bool:
-            asked.append((offset, count))
-            assert file.fileno() >= 0
-            file.seek(offset)
-            self.send(file.read(count))
-            return True
+        def send_file(self, *arguments: Any, **options: Any) -> bool:
+            asked.append((*arguments[1:], options["header"][:8]))
+            return super().send_file(*arguments, **options)
 
     with serving(Sending) as server, Client(server.address) as client:
         assert len(client.ask("/large.bin").body) == 10_240_000
         client.ask("/large.bin", Range="bytes=5-9,100-")
-    assert asked == [(0, 10_240_000), (5, 5), (100, 10_239_900)]
+    assert asked == [
+        (0, 10_240_000, b"HTTP/1.1"),
+        (5, 5, b"HTTP/1.1"),
+        (100, 10_239_900, b"\r\n--" + asked[2][2][4:]),
+    ]
 
 
 def test_a_peer_that_goes_amid_a_file_leaves_nothing_open(folder: Path) -> None:
