@@ -270,15 +270,8 @@ class OverlappedSocket:
         transmit = _extension(self._handle, self.family, "TransmitFile")
         operation.handler = handler
         self._pending[operation.address] = operation
-        if transmit(
-            self._handle,
-            operation.file_handle,
-            operation.amount,
-            0,
-            operation.address,
-            operation.buffers_address,
-            0,
-        ):
+        file, head_and_tail = operation.file_handle, operation.buffers_address
+        if transmit(self._handle, file, operation.amount, 0, operation.address, head_and_tail, 0):
             if self.skips:
                 del self._pending[operation.address]
                 return COMPLETED
