@@ -71,9 +71,9 @@ class Incoming(Outgoing):
     def _work_off(self, events: list[Any]) -> None:
         """Work off what the library made of it. On the strand."""
         core = self._core
-        answers = core.data_to_send()
         healthy = core.state is CORE_OPEN
-        if answers:
+        if core.writes:
+            answers = core.data_to_send()
             self._answer(answers if healthy else answers[: -1 - (not self._mask)])
         if len(events) == 1:
             self._take(events[0])

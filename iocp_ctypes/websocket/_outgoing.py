@@ -174,8 +174,8 @@ class Outgoing(Options):
 
         Any thread; never blocks.
         """
-        if message.__class__ is str:
-            opcode, data = TEXT, message.encode()
+        if message.__class__ is bytes:
+            opcode, data = BINARY, message
         else:
             opcode, data = payload(message)
         deflate = self._deflate
