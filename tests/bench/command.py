@@ -69,6 +69,8 @@ MEASURES = (
     Measure("echo1000", "exchange", ("--clients", "1000"), timed=True),
     Measure("storm", "storm", ("--count", "5000", "--clients", "500"),
             quick=("--count", "1000", "--clients", "500"), rounds_max=3),
+    Measure("besieged", "besieged", ("--count", "5000", "--clients", "500"),
+            quick=("--count", "1000", "--clients", "500"), rounds_max=3),
     Measure("resets", "resets", ("--count", "30", "--seconds", "2")),
 )
 

@@ -17,12 +17,14 @@ import json
 import random
 import socket
 import struct
+import subprocess
 import sys
 import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 from .cycle import (
     CONNECT_TIMEOUT_S,
@@ -264,6 +266,44 @@ def storm(address: Address, count: int, parallel: int, watched: Watched = NOTHIN
                   dict(cycle.failures))
 
 
+def besieged(address: Address, clients: int, count: int, parallel: int) -> Exchanged:
+    """Measures the exchanges of `clients` connections while a process of its own storms: see `storm`.
+
+    What fails in the storm is among the failures; what an exchange costs is not told, as both are served.
+    """
+    command = [sys.executable, "-m", "bench.load", "storm", "{}:{}".format(*address),
+               "--count", str(count), "--clients", str(parallel)]
+    sockets, failures = connect_many(address, clients)
+    everyone = [Client(sock, number) for number, sock in enumerate(sockets)]
+    alive = {client.sock.fileno(): client for client in everyone}
+    poller = make_poller()
+    for fd, client in alive.items():
+        poller.register(fd, READ)
+        client.sent_at = clock()
+        client.send(client.message)
+    latencies_s: list[float] = []
+    with subprocess.Popen(command, cwd=Path(__file__).resolve().parent.parent, stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE) as storming:
+        started, end = clock(), clock() + STORM_MAX_S + 2 * CONNECT_TIMEOUT_S
+        while alive and storming.poll() is None and clock() < end:
+            _exchange(alive, poller, 0.1, latencies_s, failures)
+        took = clock() - started
+        waiting = [now - client.sent_at for client in alive.values() if (now := clock()) > client.sent_at]
+        storming.kill()
+        said = storming.communicate()[0]
+    poller.close()
+    for sock in sockets:
+        sock.close()
+    stormed = json.loads(said) if said else {"failures": {"the storm did not end": 1}}
+    for reason, times in stormed["failures"].items():
+        failures["storm: " + reason] += times
+    counts = [client.count for client in everyone] + [0] * (clients - len(everyone))
+    served = len(latencies_s)
+    # Who waits at the end has waited at least so long: without these, who is served least would count least.
+    return Exchanged(clients, took, served, served / took, *_tails_us(latencies_s + waiting),
+                     fairness(counts), counts.count(0), Cost(), dict(failures))
+
+
 def bulk(address: Address, mib: int, watched: Watched = NOTHING) -> Streamed:
     """Measures the echo of `mib` MiB on one connection, sent and read as fast as the server lets."""
     # A length no buffer size divides: a buffer that is repeated, lost or swapped changes the checksum.
@@ -364,10 +404,12 @@ def _serves(address: Address, wait: float) -> tuple[bool, float, Counter[str]]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python3 -m bench.load", description=str(__doc__).splitlines()[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("measure", choices=("exchange", "churn", "storm", "bulk", "idle", "resets"))
+    parser.add_argument("measure",
+                        choices=("exchange", "churn", "storm", "besieged", "bulk", "idle", "resets"))
     parser.add_argument("address", metavar="HOST:PORT")
     parser.add_argument("--clients", type=int, default=64, help="connections, or how many at a time")
     parser.add_argument("--count", type=int, default=5000, help="connections in all, or resets")
+    parser.add_argument("--established", type=int, default=16, help="connections in the midst of a storm")
     parser.add_argument("--mib", type=int, default=64, help="size of the bulk echo")
     parser.add_argument("--seconds", type=float, default=2.0, help="length of the window")
     parser.add_argument("--warmup", type=float, default=0.5, help="seconds before the window")
@@ -385,6 +427,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "exchange": lambda: exchange(address, options.clients, options.seconds, options.warmup, watched),
         "churn": lambda: churn(address, options.clients, options.seconds, options.warmup, watched),
         "storm": lambda: storm(address, options.count, options.clients, watched),
+        "besieged": lambda: besieged(address, options.established, options.count, options.clients),
         "bulk": lambda: bulk(address, options.mib, watched),
         "idle": lambda: idle(address, options.count, watched),
         "resets": lambda: resets(address, options.count, options.seconds),

@@ -134,6 +134,13 @@ def test_storm_ends_with_the_last_connection(address: Address) -> None:
     assert (result.connections, result.failures) == (100, {})
 
 
+def test_clients_in_the_midst_of_a_storm_are_measured(address: Address) -> None:
+    result = load.besieged(address, clients=4, count=200, parallel=20)
+    assert (result.clients, result.failures, result.starved) == (4, {}, 0)
+    assert result.exchanges > 4
+    assert result.p99_us
+
+
 def test_a_refusal_is_counted_for_each_connection() -> None:
     result = load.storm(closed_address(), count=5, parallel=2)
     assert result.connections == 0

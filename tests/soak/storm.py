@@ -1,4 +1,7 @@
-"""Connect, echo, close five thousand times, 500 at a time; then resets, at once and under load."""
+"""Connect, echo, close five thousand times, 500 at a time; then resets, at once and under load.
+
+Then ten thousand times, 700 at a time, with a pool of 700.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,8 @@ from .process import ServerProcess
 CONNECTIONS = 5000
 PARALLEL = 500
 BACKLOG = 64
+LARGE = 10_000
+LARGE_BACKLOG = 700
 RESETS_AT_ONCE = 30
 RESETS_UNDER_LOAD = 200
 LOAD_CLIENTS = 32
@@ -101,5 +106,18 @@ def run(python: str | None, seed: int) -> list[str]:
         now = server.settled(lambda figures: not figures.connections and not figures.deadlines, LEAVE_MAX_S)
         checks.served(report, now)
         report.figure("accepts that failed, and were replaced", now.accept_failed)
+        checks.stopped(report, server.stop())
+    return report.failed + large(python)
+
+
+def large(python: str | None) -> list[str]:
+    """Run the seed's promise: its "httpd" backlog, and a storm as large as that."""
+    report = checks.Report(f"storm: {LARGE} connections, {LARGE_BACKLOG} at a time, backlog={LARGE_BACKLOG}")
+    with ServerProcess(python, backlog=LARGE_BACKLOG, listen_backlog=2 * LARGE_BACKLOG) as server:
+        cycled = load.storm(server.address, LARGE, LARGE_BACKLOG)
+        report.claim("0 failures", cycled.connections == LARGE and not cycled.failures, cycled.failures or 0)
+        report.figure("connections a second", round(cycled.per_s))
+        now = server.settled(lambda figures: not figures.connections and not figures.deadlines, LEAVE_MAX_S)
+        checks.served(report, now)
         checks.stopped(report, server.stop())
     return report.failed
