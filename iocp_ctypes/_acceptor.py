@@ -7,12 +7,16 @@ Laws
 2. `in_use` changes in two places: up where an AcceptEx was issued, down where its packet is retired.
 3. A replacement is posted before the new connection's callbacks run: they may take their time.
 4. The cap is the server's; each listening socket has its share of it, at least one.
+5. Accepting is not greedy: an AcceptEx is replaced at once, for the kernel's queue is short; but after a few
+   connections in a row, whose callbacks begin, what the others brought has its turn. Those that have come by
+   then wait in `_arrived`.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable
 from time import monotonic
 from typing import Final
@@ -35,6 +39,10 @@ PEER_GONE: Final = frozenset({10051, 10053, 10054, 10057, 10060, 10065})
 #: Other failures in a row, as a multiple of the cap, after which failing is taken for a condition and not
 #: for bad peers.
 FAILURES_IN_ROW: Final = 2
+#: Connections that begin in a row: then the packets that came meanwhile are served, those of who is there.
+BEGUN_IN_ROW: Final = 4
+#: Connections that wait to begin; above it no AcceptEx is replaced, and the kernel's queue fills.
+ARRIVED_MAX: Final = 1024
 #: Seconds between two looks at sockets that are connected and silent inside AcceptEx, at the most.
 SILENT_LOOK_MAX: Final = 1.0
 
@@ -64,6 +72,7 @@ class Acceptor:
         self,
         sockets: list[Listening],
         watchdog: Watchdog,
+        call_soon: Callable[[Callable[[], None]], None],
         cap: int,
         data_size: int,
         room: Callable[[], int],
@@ -75,6 +84,7 @@ class Acceptor:
         Args:
             sockets: where to listen; closed by `close`.
             watchdog: for back-offs.
+            call_soon: the dispatcher's.
             cap: AcceptEx operations to keep posted.
             data_size: 0, or the most first bytes that AcceptEx waits for.
             room: how many more connections the server takes, those being accepted included.
@@ -83,6 +93,7 @@ class Acceptor:
         """
         self._pools = [_Pool(sock) for sock in sockets]
         self._watchdog = watchdog
+        self._call_soon = call_soon
         self._cap = cap
         self._data_size = data_size
         self._room = room
@@ -96,6 +107,8 @@ class Acceptor:
         self._retry_delay = RETRY_FIRST
         self._short: Recovery | None = None  # while the cap is less than was assigned
         self._failures_in_row = 0
+        self._in_row = 0  # begun since what the others brought had its turn
+        self._arrived: deque[tuple[Accepted, bytes]] = deque()
         self.failed = 0
         self.unreplaced = 0
         self.reaped = 0
@@ -141,7 +154,7 @@ class Acceptor:
     def top_up(self) -> None:
         """Post what is missing."""
         with self._lock:
-            if self._paused or self._closing:
+            if self._paused or self._closing or len(self._arrived) >= ARRIVED_MAX:
                 return
             # One for each address in turn, so that a small room is not all taken by the first; and one for
             # each in any case, so that none is deaf: the server lets wait whom that brings above its cap.
@@ -230,9 +243,27 @@ class Acceptor:
             if not self._retrying:
                 self._retry_delay = RETRY_FIRST
             self.last_accept = monotonic()
+            self._in_row += 1
+            number = self._in_row
+            if number > BEGUN_IN_ROW:
+                self._arrived.append((accepted, first))
         pool.listening.give(operation)
         self.top_up()
-        self._accepted(accepted, first)
+        if number == 1:
+            self._call_soon(self._next_turn)
+        if number <= BEGUN_IN_ROW:
+            self._accepted(accepted, first)
+
+    def _next_turn(self) -> None:
+        """What the others brought has had its turn: begin some of those that wait. On an I/O thread."""
+        with self._lock:
+            count = self._in_row = min(BEGUN_IN_ROW, len(self._arrived))
+            arrived = [self._arrived.popleft() for _ in range(count)]
+        if arrived:
+            self._call_soon(self._next_turn)
+            self.top_up()
+        for accepted, first in arrived:
+            self._accepted(accepted, first)
 
     def _uncount(self, pool: _Pool, operation: AcceptOperation) -> None:
         """An AcceptEx has left the kernel. Needs the lock."""

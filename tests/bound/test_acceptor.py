@@ -30,8 +30,8 @@ from support import (
     wait_until,
 )
 
-from iocp_ctypes import Usage, _sockops, _win32
-from iocp_ctypes._acceptor import FAILURES_IN_ROW, RETRY_FIRST, RETRY_MAX, Acceptor
+from iocp_ctypes import Usage, _acceptor, _sockops, _win32
+from iocp_ctypes._acceptor import BEGUN_IN_ROW, FAILURES_IN_ROW, RETRY_FIRST, RETRY_MAX, Acceptor
 from iocp_ctypes._caps import STEP_FIRST, STEP_MAX
 from iocp_ctypes._proactor import PENDING
 from iocp_ctypes._sockops import AcceptOperation, ListeningSocket, OverlappedSocket
@@ -111,9 +111,12 @@ class Bench:
         self.open = 0
         self.most = most
         self.accepted: list[bytes] = []
+        self.calls: list[Callable[[], None]] = []
+        self.patient = False  # calls wait for the test to make them
         self.pool = Acceptor(
             self.sockets,  # type: ignore[arg-type]
             self,  # type: ignore[arg-type]  # it is the watchdog, too
+            lambda call: self.calls.append(call) if self.patient else call(),
             cap,
             data_size,
             lambda: self.most - self.open,
@@ -173,6 +176,36 @@ def test_each_accept_is_replaced_before_it_is_handed_over() -> None:
         bench.listening.complete()
     assert levels == [3] * 5
     assert bench.pool.failed == 0
+
+
+def test_after_a_few_in_a_row_the_others_have_their_turn() -> None:
+    bench = Bench(cap=3)
+    bench.patient = True
+    begun = []
+    for size in range(1, 2 * BEGUN_IN_ROW + 3):
+        bench.listening.complete(transferred=size)
+    assert (bench.pool.usage, bench.open) == (Usage(3, 3), 2 * BEGUN_IN_ROW + 2)
+    while bench.calls:
+        begun.append(len(bench.accepted))
+        bench.calls.pop(0)()
+    assert begun == [BEGUN_IN_ROW, 2 * BEGUN_IN_ROW, 2 * BEGUN_IN_ROW + 2]
+    assert [len(first) for first in bench.accepted] == [*range(1, 2 * BEGUN_IN_ROW + 3)]
+    bench.listening.complete()
+    assert len(bench.accepted) == 2 * BEGUN_IN_ROW + 3
+
+
+def test_as_many_as_may_wait_are_taken_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_acceptor, "ARRIVED_MAX", 5)
+    bench = Bench(cap=3)
+    bench.patient = True
+    for left in (3,) * (BEGUN_IN_ROW + 4) + (2, 1, 0):
+        bench.listening.complete()
+        assert bench.pool.usage == Usage(3, left)
+    bench.calls.pop(0)()
+    assert bench.pool.usage == Usage(3, 3)
+    while bench.calls:
+        bench.calls.pop(0)()
+    assert len(bench.accepted) == BEGUN_IN_ROW + 4 + 3
 
 
 @pytest.mark.parametrize("status", [RESET, 0xC0000140, 0xC000013B, 0xC0000241, 0xC00000B5, 0xC0000001])
