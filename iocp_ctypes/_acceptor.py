@@ -7,9 +7,8 @@ Laws
 2. `in_use` changes in two places: up where an AcceptEx was issued, down where its packet is retired.
 3. A replacement is posted before the new connection's callbacks run: they may take their time.
 4. The cap is the server's; each listening socket has its share of it, at least one.
-5. Accepting is not greedy: an AcceptEx is replaced at once, for the kernel's queue is short; but after a few
-   connections in a row, whose callbacks begin, what the others brought has its turn. Those that have come by
-   then wait in `_arrived`.
+5. Accepting is not greedy: after a few AcceptEx in a row what the others brought has its turn. More are
+   retired and replaced than connections begin, for the kernel's queue is short: those wait in `_arrived`.
 """
 
 from __future__ import annotations
@@ -39,8 +38,10 @@ PEER_GONE: Final = frozenset({10051, 10053, 10054, 10057, 10060, 10065})
 #: Other failures in a row, as a multiple of the cap, after which failing is taken for a condition and not
 #: for bad peers.
 FAILURES_IN_ROW: Final = 2
-#: Connections that begin in a row: then the packets that came meanwhile are served, those of who is there.
-BEGUN_IN_ROW: Final = 4
+#: AcceptEx operations retired, and replaced, in a row, and connections that begin: then the packets that came
+#: meanwhile are served, those of who is there.
+RETIRED_IN_ROW: Final = 8
+BEGUN_IN_ROW: Final = 1
 #: Connections that wait to begin; above it no AcceptEx is replaced, and the kernel's queue fills.
 ARRIVED_MAX: Final = 1024
 #: Seconds between two looks at sockets that are connected and silent inside AcceptEx, at the most.
@@ -107,8 +108,10 @@ class Acceptor:
         self._retry_delay = RETRY_FIRST
         self._short: Recovery | None = None  # while the cap is less than was assigned
         self._failures_in_row = 0
-        self._in_row = 0  # begun since what the others brought had its turn
-        self._arrived: deque[tuple[Accepted, bytes]] = deque()
+        self._turn_due = False
+        self._retired_in_row = self._begun_in_row = 0  # since what the others brought had its turn
+        self._packets: deque[tuple[AcceptOperation, int]] = deque()  # that wait to be retired
+        self._arrived: deque[tuple[Accepted, bytes]] = deque()  # that wait to begin
         self.failed = 0
         self.unreplaced = 0
         self.reaped = 0
@@ -224,8 +227,37 @@ class Acceptor:
                 self._recover_later(short)
 
     def _retired(self, operation: Operation, transferred: int, status: int) -> None:
-        """Retire an AcceptEx. On an I/O thread."""
+        """Retire an AcceptEx, or let it wait for its turn. On an I/O thread."""
         assert isinstance(operation, AcceptOperation)
+        with self._lock:
+            due, self._turn_due = self._turn_due, True
+            self._retired_in_row += 1
+            waits = self._retired_in_row > RETIRED_IN_ROW
+            if waits:
+                self._packets.append((operation, transferred))
+        if not due:
+            self._call_soon(self._turn)
+        if not waits:
+            self._take(operation, transferred, status)
+
+    def _turn(self) -> None:
+        """What the others brought has had its turn: take some of those that wait. On an I/O thread."""
+        with self._lock:
+            arrived = [self._arrived.popleft() for _ in range(min(BEGUN_IN_ROW, len(self._arrived)))]
+            packets = [self._packets.popleft() for _ in range(min(RETIRED_IN_ROW, len(self._packets)))]
+            self._begun_in_row, self._retired_in_row = len(arrived), len(packets)
+            self._turn_due = bool(arrived or packets)
+        if arrived or packets:
+            self._call_soon(self._turn)
+        for accepted, first in arrived:
+            self._accepted(accepted, first)
+        if arrived and self._in_use < self._cap:
+            self.top_up()  # who waited has kept AcceptEx from being replaced
+        for operation, transferred in packets:
+            self._take(operation, transferred, operation.Internal)
+
+    def _take(self, operation: AcceptOperation, transferred: int, status: int) -> None:
+        """Take what an AcceptEx brought, and replace it. On an I/O thread."""
         pool: _Pool = operation.home
         if self._closing or status:
             self._discard(pool, operation, status)
@@ -243,26 +275,13 @@ class Acceptor:
             if not self._retrying:
                 self._retry_delay = RETRY_FIRST
             self.last_accept = monotonic()
-            self._in_row += 1
-            number = self._in_row
-            if number > BEGUN_IN_ROW:
+            self._begun_in_row += 1
+            waits = bool(self._arrived) or self._begun_in_row > BEGUN_IN_ROW
+            if waits:
                 self._arrived.append((accepted, first))
         pool.listening.give(operation)
         self.top_up()
-        if number == 1:
-            self._call_soon(self._next_turn)
-        if number <= BEGUN_IN_ROW:
-            self._accepted(accepted, first)
-
-    def _next_turn(self) -> None:
-        """What the others brought has had its turn: begin some of those that wait. On an I/O thread."""
-        with self._lock:
-            count = self._in_row = min(BEGUN_IN_ROW, len(self._arrived))
-            arrived = [self._arrived.popleft() for _ in range(count)]
-        if arrived:
-            self._call_soon(self._next_turn)
-            self.top_up()
-        for accepted, first in arrived:
+        if not waits:
             self._accepted(accepted, first)
 
     def _uncount(self, pool: _Pool, operation: AcceptOperation) -> None:

@@ -31,7 +31,14 @@ from support import (
 )
 
 from iocp_ctypes import Usage, _acceptor, _sockops, _win32
-from iocp_ctypes._acceptor import BEGUN_IN_ROW, FAILURES_IN_ROW, RETRY_FIRST, RETRY_MAX, Acceptor
+from iocp_ctypes._acceptor import (
+    BEGUN_IN_ROW,
+    FAILURES_IN_ROW,
+    RETIRED_IN_ROW,
+    RETRY_FIRST,
+    RETRY_MAX,
+    Acceptor,
+)
 from iocp_ctypes._caps import STEP_FIRST, STEP_MAX
 from iocp_ctypes._proactor import PENDING
 from iocp_ctypes._sockops import AcceptOperation, ListeningSocket, OverlappedSocket
@@ -179,33 +186,56 @@ def test_each_accept_is_replaced_before_it_is_handed_over() -> None:
 
 
 def test_after_a_few_in_a_row_the_others_have_their_turn() -> None:
-    bench = Bench(cap=3)
+    """More are retired in a turn than begin, and all begin in the order in which they came."""
+    bench = Bench(cap=30)
     bench.patient = True
-    begun = []
-    for size in range(1, 2 * BEGUN_IN_ROW + 3):
+    for size in range(30):
         bench.listening.complete(transferred=size)
-    assert (bench.pool.usage, bench.open) == (Usage(3, 3), 2 * BEGUN_IN_ROW + 2)
+    assert len(bench.accepted) == BEGUN_IN_ROW
+    assert (bench.pool.usage.in_use, bench.open) == (30, RETIRED_IN_ROW)
+    turns = []
     while bench.calls:
-        begun.append(len(bench.accepted))
         bench.calls.pop(0)()
-    assert begun == [BEGUN_IN_ROW, 2 * BEGUN_IN_ROW, 2 * BEGUN_IN_ROW + 2]
-    assert [len(first) for first in bench.accepted] == [*range(1, 2 * BEGUN_IN_ROW + 3)]
+        turns.append((len(bench.accepted), bench.open))
+    expected = [min(30, BEGUN_IN_ROW * turn) for turn in range(2, len(turns) + 2)]
+    assert [begun for begun, _taken in turns] == expected
+    assert [taken for _begun, taken in turns[:3]] == [16, 24, 30]
+    assert [len(first) for first in bench.accepted] == [*range(30)]
     bench.listening.complete()
-    assert len(bench.accepted) == 2 * BEGUN_IN_ROW + 3
+    assert len(bench.accepted) == 31
 
 
 def test_as_many_as_may_wait_are_taken_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_acceptor, "ARRIVED_MAX", 5)
     bench = Bench(cap=3)
     bench.patient = True
-    for left in (3,) * (BEGUN_IN_ROW + 4) + (2, 1, 0):
+    levels = []
+    for _ in range(8):
         bench.listening.complete()
-        assert bench.pool.usage == Usage(3, left)
-    bench.calls.pop(0)()
+        levels.append(bench.pool.usage.in_use)
+    assert levels == [3, 3, 3, 3, 3, 2, 1, 0]
+    while len(bench.pool._arrived) >= 5:
+        assert bench.pool.usage.in_use == 0
+        bench.calls.pop(0)()
     assert bench.pool.usage == Usage(3, 3)
     while bench.calls:
         bench.calls.pop(0)()
-    assert len(bench.accepted) == BEGUN_IN_ROW + 4 + 3
+    assert bench.pool.usage == Usage(3, 3)
+    assert len(bench.accepted) == 8
+
+
+def test_what_waits_when_the_pool_closes_is_discarded() -> None:
+    bench = Bench(cap=30)
+    bench.patient = True
+    socks = [bench.listening.complete() for _ in range(30)]
+    bench.pool.close()
+    while bench.calls:
+        bench.calls.pop(0)()
+    while bench.listening.posted:
+        bench.listening.complete(CANCELLED)
+    assert bench.pool.usage.in_use == 0
+    assert sum(sock.closed for sock in socks) == 30 - RETIRED_IN_ROW  # the others are the server's
+    assert len(bench.accepted) == RETIRED_IN_ROW
 
 
 @pytest.mark.parametrize("status", [RESET, 0xC0000140, 0xC000013B, 0xC0000241, 0xC00000B5, 0xC0000001])
