@@ -1,4 +1,4 @@
-"""The command: `python3 tests/soak/run.py many|storm|burst|websocket|all [--python 3.12] [--seed N]`.
+"""The command: `python3 tests/soak/run.py many|storm|burst|websocket|ends|all [--python 3.12] [--seed N]`.
 
 Prints figures and claims as they come. Exit code: 0 where all claims hold, 1 where one does not.
 """
@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-RUNS = ("many", "storm", "burst", "websocket")
+RUNS = ("many", "storm", "burst", "websocket", "ends")
 
 
 def main() -> int:

@@ -3,6 +3,7 @@
 Started by `process.py`; it reads commands from stdin, one a line, and answers each with one line of JSON:
     figures            what the server looks like now
     broadcast N SIZE   send N messages of SIZE bytes to all, ten a second; answers when the last was sent
+    moments            when on_close was called since this was asked last, and with which code
     stop               stop the server; then as `figures`; the program ends
 A message is its number, the time when it was sent, and a filler that is the same in all of them.
 """
@@ -16,7 +17,7 @@ import time
 from collections import Counter
 from typing import Any, ClassVar
 
-from iocp_ctypes.websocket import WebSocket, WebSocketServer
+from iocp_ctypes.websocket import Deflate, WebSocket, WebSocketServer
 
 from .served import Records
 
@@ -30,9 +31,12 @@ class Guest(WebSocket):
     longest: ClassVar[int] = 0
     queue_max = 32 * 1024
     slow_reader = "close"
+    compression = Deflate()  # where the client offers it
+    moments: ClassVar[list[tuple[float, int]]] = []
 
     def on_close(self, code: int, reason: str) -> None:
         Guest.codes[code] += 1
+        Guest.moments.append((time.time(), code))
 
 
 def message(number: int, size: int) -> str:
@@ -79,6 +83,7 @@ def main() -> None:
     records = Records()
     logging.getLogger("iocp_ctypes").addHandler(records)
     options = {"high_mark": 64 * 1024, "backlog": 64, **json.loads(sys.argv[1])}
+    Guest.ping_interval = Guest.ping_timeout = options.pop("ping", 20.0)
     server = WebSocketServer(("127.0.0.1", 0), Guest, **options)
     server.start()
     print(json.dumps({"address": list(server.address)}), flush=True)
@@ -86,7 +91,12 @@ def main() -> None:
         command, *numbers = line.split()
         if command == "stop":
             break
-        answer = broadcast(server, *map(int, numbers)) if command == "broadcast" else figures(server, records)
+        if command == "broadcast":
+            answer = broadcast(server, *map(int, numbers))
+        elif command == "moments":
+            answer = {"moments": [Guest.moments.pop(0) for _ in range(len(Guest.moments))]}
+        else:
+            answer = figures(server, records)
         print(json.dumps(answer), flush=True)
     began = time.monotonic()
     stopped = server.stop(5)
