@@ -230,9 +230,9 @@ class Processes:
                 self._workers[number] = None
                 if worker.stats is not None:
                     self._past = [merged(of_the_past(worker.stats), map(of_the_past, self._past))]
-                self._clean &= worker.left_well
                 self._changed.notify_all()
                 if self._stopping:
+                    self._clean &= worker.left_well
                     return
                 if not self._running:
                     self._failure = self._failure or told

@@ -28,7 +28,7 @@ class Telling(Connection):
         elif data == b"block":
             threading.Event().wait(60)
         elif data == b"idle":
-            self.send(repr(self.server._settings.idle_timeout).encode())
+            self.send(repr(self.idle_timeout).encode())
         elif data == b"stats":
             self.send(b"%d" % self.server.stats().connections)
         else:
@@ -69,6 +69,21 @@ class Quiet(Server):
 
     def handle_error(self, connection: Connection, exc: BaseException) -> None:
         """Say nothing."""
+
+
+class Keeping(Server):
+    """Takes its first connection for itself."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.kept: list[Any] = []
+
+    def take_socket(self, sock: Any, peer_address: Any) -> bool:
+        """Take one."""
+        if self.kept:
+            return False
+        self.kept.append(sock)
+        return True
 
 
 def shout(stream: Any) -> None:
