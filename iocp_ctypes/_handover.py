@@ -62,7 +62,7 @@ class Handover:
         Returns:
             True: it is yours, and yours to close. False: it is served here.
 
-        On an I/O thread: do not block. Not called for pipes.
+        On an I/O thread: do not block. Not called for pipes, and not to be had with `accept_data`.
         """
         return False
 
@@ -174,6 +174,15 @@ def set_options(sock: Accepted, settings: Settings) -> None:
     sock.set_nodelay(settings.nodelay)
     if settings.keepalive is not None:
         sock.set_keepalive(settings.keepalive)
+
+
+def check_taking(server: Handover, settings: Settings) -> None:
+    """Raise ValueError where bytes that came with an accept would be lost."""
+    if settings.accept_data and type(server).take_socket is not Handover.take_socket:
+        raise ValueError(
+            f"accept_data={settings.accept_data}: must be 0 where take_socket is overridden, which is not given"
+            " the bytes"
+        )
 
 
 def check_handler(handler: Any) -> Any:

@@ -139,8 +139,8 @@ class Processes:
         """Make them; `start` starts them. `args` and `kwargs` are the server's own."""
         self._server = server
         self._call = args, kwargs
-        self.lock = threading.Lock()
-        self._changed = threading.Condition(self.lock)
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         count = server._settings.processes
         self._workers: list[_Worker | None] = [None] * count
         self._last = -1
@@ -160,7 +160,7 @@ class Processes:
         for thread in self._threads:
             thread.start()
         deadline = monotonic() + START_TIMEOUT
-        with self.lock:
+        with self._lock:
             while not self._failure and not self._stopping:
                 if all(worker is not None and worker.ready for worker in self._workers):
                     self._running = True
@@ -182,12 +182,12 @@ class Processes:
     def give(self, sock: socket.socket, peer: Address, first: bytes) -> bool:
         """Queue a connection for a worker; False: none takes it. Any thread; never blocks."""
         handed = Handed(sock, peer[0], first)
-        with self.lock:
+        with self._lock:
             return self._give(handed)
 
     def _give(self, handed: Handed) -> bool:
         """Queue a connection. Needs the lock."""
-        assert self.lock.locked()
+        assert self._lock.locked()
         if self._stopping:
             return False
         ready = [worker if worker is not None and worker.ready else None for worker in self._workers]
@@ -221,12 +221,12 @@ class Processes:
         while True:
             began = monotonic()
             worker = _Worker(self, number)
-            with self.lock:
+            with self._lock:
                 if self._stopping:
                     return
                 self._workers[number] = worker
             told = worker.run()
-            with self.lock:
+            with self._lock:
                 self._workers[number] = None
                 if worker.stats is not None:
                     self._past = [merged(of_the_past(worker.stats), map(of_the_past, self._past))]
@@ -249,13 +249,13 @@ class Processes:
             )
             deadline = monotonic() + delay
             delay = min(RESTART_MAX, delay * 2)
-            with self.lock:
+            with self._lock:
                 while not self._stopping and (left := deadline - monotonic()) > 0:
                     self._changed.wait(left)
 
     def is_ready(self, worker: _Worker) -> bool:
         """A worker can take connections now; False: it shall not, for the server stops."""
-        with self.lock:
+        with self._lock:
             if self._stopping:
                 return False
             worker.ready, worker.left_well = True, False
@@ -278,7 +278,7 @@ class Processes:
 
     def tell(self, what: str, value: Any = None) -> None:
         """Queue a message for each worker. Any thread; never blocks."""
-        with self.lock:
+        with self._lock:
             for worker in self._workers:
                 if worker is not None and worker.ready:
                     worker.say(what, value)
@@ -289,13 +289,13 @@ class Processes:
 
     def add_to(self, own: Stats) -> Stats:
         """Return the figures of a server with those that its workers last reported."""
-        with self.lock:
+        with self._lock:
             parts = [worker.stats for worker in self._workers if worker is not None and worker.stats]
             return merged(own, [*parts, *self._past])
 
     def ask_to_stop(self, timeout: float) -> None:
         """Tell all workers to stop. Never blocks; `stop` waits for them."""
-        with self.lock:
+        with self._lock:
             self._stopping = True
             left = list(self._waiting)
             self._waiting.clear()
@@ -318,7 +318,7 @@ class Processes:
             for thread in self._threads:
                 if thread.ident is not None:
                     thread.join(min(LOOK_INTERVAL, max(0.0, deadline - monotonic())))
-        with self.lock:
+        with self._lock:
             for worker in self._workers:
                 if worker is not None:
                     log.warning("worker process %s does not stop, and is ended", worker.pid)
@@ -350,7 +350,7 @@ class _Worker:
     def __init__(self, home: Processes, number: int) -> None:
         self._home = home
         self._number = number
-        self._wake = threading.Condition(home.lock)
+        self._wake = threading.Condition(home._lock)
         self._process: Any = None
         self._conn: Any = None
         self.pid = 0  # 0: none yet
@@ -374,7 +374,7 @@ class _Worker:
 
     def take(self, handed: Handed) -> None:
         """Queue a connection. Needs the lock."""
-        assert self._home.lock.locked()
+        assert self._home._lock.locked()
         self.queue.append(handed)
         self._hosts[handed.host] += 1
         self._open += 1
@@ -382,20 +382,20 @@ class _Worker:
 
     def say(self, what: str, value: Any) -> None:
         """Queue a message. Needs the lock."""
-        assert self._home.lock.locked()
+        assert self._home._lock.locked()
         self._messages.append((what, value))
         self._wake.notify()
 
     def forget_queue(self) -> None:
         """Somebody else sees to what was not sent. Needs the lock."""
-        assert self._home.lock.locked()
+        assert self._home._lock.locked()
         for handed in self.queue:
             self._forget(handed.host)
         self.queue.clear()
 
     def kill(self) -> None:
         """End it by force. Needs the lock."""
-        assert self._home.lock.locked()
+        assert self._home._lock.locked()
         self._killed = True
         if self._process is not None:
             self._process.kill()
@@ -422,14 +422,14 @@ class _Worker:
         except RuntimeError as exc:
             told = f"{exc}"  # no thread could be started
         finally:
-            with self._home.lock:
+            with self._home._lock:
                 self.ready, self._ended = False, True
                 self._wake.notify_all()
             if sender.ident is not None:
                 sender.join()
             self._conn.close()
             self._end()
-        with self._home.lock:
+        with self._home._lock:
             process, self._process = self._process, None
         code = process.exitcode
         process.close()
@@ -452,7 +452,7 @@ class _Worker:
             raise
         finally:
             theirs.close()
-        with self._home.lock:
+        with self._home._lock:
             self._process = process
             if self._killed:
                 process.kill()
@@ -474,7 +474,7 @@ class _Worker:
                 report: Report = self._conn.recv()
             except (EOFError, OSError):
                 return
-            with self._home.lock:
+            with self._home._lock:
                 opened = [self._unopened.popleft() for _ in range(report.opened)]
                 for host in report.gone:
                     self._forget(host)
@@ -487,7 +487,7 @@ class _Worker:
 
     def _send(self) -> None:
         while True:
-            with self._home.lock:
+            with self._home._lock:
                 while not (self.queue or self._messages or self._ended):
                     self._wake.wait()
                 if self._ended:
@@ -524,7 +524,7 @@ class _Worker:
     def _let_go(self) -> None:
         """It has ended: what it was not sent another takes, what it had is gone."""
         home = self._home
-        with home.lock:
+        with home._lock:
             queued, unopened = list(self.queue), list(self._unopened)
             self.forget_queue()
             self._unopened.clear()

@@ -22,7 +22,7 @@ from ._acceptor import SILENT_LOOK_MAX, Accepted, Acceptor
 from ._addresses import Address, check_addresses, format_address, parse_sockaddr
 from ._channel import Buffer, as_bytes
 from ._errors import ConnectionClosedError
-from ._handover import Handover, check_handler, set_options
+from ._handover import Handover, check_handler, check_taking, set_options
 from ._lifecycle import CloseReason
 from ._lifetime import Home
 from ._listening import address_of, bind_all, listen_on
@@ -96,6 +96,7 @@ class Server(Watched, Tunables, Handover):
         if self._role is not None:  # in a worker process, which the parent's constructor was checked for
             self._settings = self._role.settings(self._settings)
         self._handler: Callable[[Server, Address], Any] = check_handler(handler)
+        check_taking(self, self._settings)
         if engine is not None and not isinstance(engine, Engine):
             raise TypeError(f"engine={engine!r}: must be an Engine or None")
         if engine is not None and self._settings.io_threads:
