@@ -180,8 +180,8 @@ def check_taking(server: Handover, settings: Settings) -> None:
     """Raise ValueError where bytes that came with an accept would be lost."""
     if settings.accept_data and type(server).take_socket is not Handover.take_socket:
         raise ValueError(
-            f"accept_data={settings.accept_data}: must be 0 where take_socket is overridden, which is not given"
-            " the bytes"
+            f"accept_data={settings.accept_data}: must be 0 where take_socket is overridden, which gets none"
+            " of them"
         )
 
 
