@@ -75,9 +75,7 @@ def http(
     trace: str | None = None,
 ) -> int:
     """Serve the files of a folder until Ctrl-C; the rest as `echo`. ImportError without h11."""
-    return _serve(
-        FileServer(address, os.path.abspath(directory), log, **_traced(options, trace)), stats, trace
-    )
+    return _serve(FileServer(address, directory, log, **_traced(options, trace)), stats, trace)
 
 
 class FileServer(Server):

@@ -124,7 +124,7 @@ class Role:
         return True
 
     def _run(self) -> None:
-        due, before = monotonic() + REPORT_INTERVAL, None
+        due = monotonic() + REPORT_INTERVAL
         while True:
             with self._changed:
                 if not (self._opened or self._gone or self._ending):
@@ -139,8 +139,6 @@ class Role:
                 figures = self._server.stats()
                 now = monotonic()
                 due = now + max(REPORT_INTERVAL, REPORT_SHARE * (now - began))
-                moves = figures.bytes_received, figures.bytes_sent, figures.accepted, figures.closed
-                figures, before = (figures if moves != before or figures.connections else None), moves
             shutdown = self._server._shutdown_wanted.is_set() and not self._told_shutdown
             self._told_shutdown |= shutdown
             if (opened or gone or figures or shutdown) and not self._tell(

@@ -41,7 +41,8 @@ class Telling(Connection):
 class Picky(Connection):
     """Cannot be made in a worker."""
 
-    def __init__(self) -> None:
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         raise ValueError("not here")
 
 

@@ -177,6 +177,16 @@ def test_the_command_serves_with_several() -> None:
                 assert ask(client, b"hello") == b"hello"
 
 
+def test_a_folder_is_served_by_several_too() -> None:
+    with running("-m", "iocp_ctypes", "http", "tests", "--port", "0", "--processes", "2") as program:
+        address = program.listening()
+        for _ in range(2):
+            with raw(address) as client:
+                assert ask(client, b"GET /windows.md HTTP/1.1\r\nHost: x\r\n\r\n").startswith(
+                    b"HTTP/1.1 200 "
+                )
+
+
 def test_ctrl_c_ends_all() -> None:
     told = """
 import signal, sys, threading
@@ -199,6 +209,16 @@ if __name__ == "__main__":
     finally:
         program.kill()
     assert (code, lines) == (0, ["interrupted 0"])
+    assert not any(map(runs, pids))
+
+
+def test_a_script_that_forgets_to_stop_leaves_none() -> None:
+    program = Program("-c", PARENT.replace("    threading.Event().wait()\n", ""))
+    try:
+        _address, pids = json.loads(program.line(r"\[.*\]")[0])
+        assert program.ended() == (0, [])
+    finally:
+        program.kill()
     assert not any(map(runs, pids))
 
 
