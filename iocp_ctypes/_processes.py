@@ -39,6 +39,8 @@ BATCH_MAX: Final = 64
 #: Seconds before a worker that ended is replaced: doubled each time up to the last.
 RESTART_FIRST: Final = 0.1
 RESTART_MAX: Final = 10.0
+#: Times that `start` asks the system for a process: it may be short of something for a moment.
+TRIES_MAX: Final = 3
 #: Seconds for a worker to be ready: importing a large program takes a while.
 START_TIMEOUT: Final = 60.0
 #: Seconds for a process to end once its pipe has.
@@ -159,15 +161,11 @@ class Processes:
         """Start the workers and wait until all are ready; RuntimeError where one cannot be."""
         for thread in self._threads:
             thread.start()
-        deadline = monotonic() + START_TIMEOUT
         with self._lock:
             while not self._failure and not self._stopping:
                 if all(worker is not None and worker.ready for worker in self._workers):
                     self._running = True
                     return
-                if monotonic() > deadline:
-                    self._failure = f"it was not ready after {START_TIMEOUT:.0f} s"
-                    break
                 self._changed.wait(LOOK_INTERVAL)
             failure = self._failure or "the server was stopped meanwhile"
         raise RuntimeError(f"processes={len(self._workers)}: a worker process could not start: {failure}")
@@ -204,7 +202,7 @@ class Processes:
 
     def gone(self, hosts: Sequence[str], figures: Counter[str] | None = None) -> None:
         """Connections of these hosts have gone."""
-        self._server._worker_lost(hosts, figures or Counter())
+        self._server._gone_elsewhere(hosts, figures or Counter())
 
     def refuse(self, handed: Sequence[Handed]) -> None:
         """Reset connections that no worker takes."""
@@ -217,8 +215,9 @@ class Processes:
 
     def _keep(self, number: int) -> None:
         """Have a worker in this place until the server stops. On a thread of its own."""
-        delay = RESTART_FIRST
+        delay, tries = RESTART_FIRST, 0
         while True:
+            tries += 1
             began = monotonic()
             worker = _Worker(self, number)
             with self._lock:
@@ -234,7 +233,7 @@ class Processes:
                 if self._stopping:
                     self._clean &= worker.left_well
                     return
-                if not self._running:
+                if not self._running and not (worker.short and tries < TRIES_MAX):
                     self._failure = self._failure or told
                     return
                 if monotonic() - began > RESTART_MAX:
@@ -357,6 +356,7 @@ class _Worker:
         self.ready = False
         self._ended = False
         self._killed = False
+        self.short = False  # the system had no process to give
         self.left_well = True  # its server had stopped before it ended, or it never served
         self.stats: Stats | None = None
         self._messages: deque[tuple[str, Any]] = deque()
@@ -413,7 +413,8 @@ class _Worker:
         try:
             told = self._spawn()
         except Exception as exc:  # multiprocessing asserts, for one, that a daemon starts none
-            return f"{type(exc).__name__}: {exc}"
+            self.short = isinstance(exc, OSError)
+            return f"no process could be made: {type(exc).__name__}: {exc}"
         sender = threading.Thread(target=self._send, name=f"iocp_ctypes to process {self._number + 1}")
         try:
             if not told and self._home.is_ready(self):
@@ -458,21 +459,29 @@ class _Worker:
                 process.kill()
         try:
             # Until it has taken its end of the pipe, that is open here, and does not end with it.
-            if self._conn not in connection.wait([self._conn, process.sentinel]):
-                process.join()
-                return f"it ended with exit code {process.exitcode} before it was ready; see its stderr"
-            self.pid = self._conn.recv()
-            self._conn.send_bytes(self._home.recipe())
-            return self._conn.recv() or ""
+            heard = connection.wait([self._conn, process.sentinel], START_TIMEOUT)
+            if self._conn in heard:
+                self.pid = self._conn.recv()
+                self._conn.send_bytes(self._home.recipe())
+                if self._conn.poll(START_TIMEOUT):
+                    return self._conn.recv() or ""
+                heard = []
         except (EOFError, OSError):
-            process.join(END_TIMEOUT)
-            return f"it ended with exit code {process.exitcode} before it was ready; see its stderr"
+            heard = [self._conn]
+        if not heard:
+            process.kill()
+            return f"it was not ready after {START_TIMEOUT:.0f} s"
+        process.join(END_TIMEOUT)
+        return f"it ended with exit code {process.exitcode} before it was ready; see its stderr"
 
     def _hear(self) -> None:
         while True:
             try:
                 report: Report = self._conn.recv()
             except (EOFError, OSError):
+                return
+            except Exception:
+                log.exception("what worker process %d said cannot be read: it is replaced", self.pid)
                 return
             with self._home._lock:
                 opened = [self._unopened.popleft() for _ in range(report.opened)]

@@ -406,7 +406,7 @@ class Server(Watched, Tunables, Handover):
             self._role.gone(connection.peer_address[0])
         self._refill()
 
-    def _worker_lost(self, hosts: Sequence[str], counts: Mapping[str, int]) -> None:
+    def _gone_elsewhere(self, hosts: Sequence[str], counts: Mapping[str, int]) -> None:
         """Connections that worker processes had, or were to have, have gone. On a thread of `_processes`."""
         with self._gone_one:
             for host in hosts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
+import multiprocessing
 import os
 import socket
 import ssl
@@ -20,7 +21,7 @@ from namedpipes import new_name
 from program import ROOT
 from support import LOOPBACK, Recorder, ended, handle_count, raw, read_exactly, wait_until
 
-from iocp_ctypes import Connection, Engine, Server
+from iocp_ctypes import Connection, Engine, Server, _processes
 from iocp_ctypes._processes import choose
 
 #: Seconds for a worker process: its start takes seconds where the machine is busy.
@@ -345,6 +346,57 @@ def test_a_server_that_no_worker_can_make_does_not_start() -> None:
         raw(server.address).close()
         raise AssertionError("it still listens")
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("iocp_ctypes")]
+
+
+@pytest.mark.parametrize("refusals", [1, 9])
+def test_a_system_that_is_short_of_processes_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch, refusals: int
+) -> None:
+    """CreateProcess under Wine fails now and then (1359); on Windows where memory is short."""
+    asked: list[Any] = []
+    start = multiprocessing.get_context("spawn").Process.start
+
+    def refused(process: Any) -> None:
+        asked.append(process)
+        if len(asked) <= refusals:
+            raise OSError(22, "not now")
+        start(process)
+
+    monkeypatch.setattr(multiprocessing.get_context("spawn").Process, "start", refused)
+    if refusals == 1:
+        with workers() as server, raw(server.address) as client:
+            assert pid_of(client)
+        assert len(asked) == 3
+        return
+    server = Server(LOOPBACK, Telling, processes=2)
+    with pytest.raises(RuntimeError, match="could not start: no process could be made: OSError"):
+        server.start()
+    assert _processes.TRIES_MAX <= len(asked) <= 2 * _processes.TRIES_MAX
+
+
+def test_one_that_is_never_ready_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_processes, "START_TIMEOUT", 0.0)
+    server = Server(LOOPBACK, Telling, processes=2)
+    with pytest.raises(RuntimeError, match="could not start: it was not ready after 0 s"):
+        server.start()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("iocp_ctypes")]
+
+
+def test_what_cannot_be_read_costs_the_worker(
+    monkeypatch: pytest.MonkeyPatch, expects_errors: list[logging.LogRecord]
+) -> None:
+    def unreadable(*_args: Any) -> None:
+        raise ValueError("what is this?")
+
+    with workers() as server, raw(server.address) as client:
+        pid = pid_of(client)
+        (worker,) = [worker for worker in server._processes._workers if worker.pid == pid]
+        monkeypatch.setattr(worker._conn, "recv", unreadable)
+        assert ended(client) in ("reset", "eof")
+        wait_until(lambda: all(one and one.ready for one in server._processes._workers), SLOW)
+        assert pid not in [one.pid for one in server._processes._workers]
+        assert not runs(pid)
+    assert "cannot be read: it is replaced" in expects_errors[0].getMessage()
 
 
 def test_a_handler_that_makes_none_costs_its_connection() -> None:
