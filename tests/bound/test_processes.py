@@ -177,9 +177,10 @@ def test_a_bound_socket_goes_with_it() -> None:
 
 
 def test_what_take_socket_takes_no_worker_gets() -> None:
-    with workers(made=Keeping) as server, raw(server.address) as first, raw(server.address) as second:
-        assert pid_of(second)
-        (kept,) = server.kept
+    with workers(made=Keeping) as server, raw(server.address) as first:
+        (kept,) = wait_until(lambda: server.kept)
+        with raw(server.address) as second:
+            assert pid_of(second)
         first.sendall(b"hello")
         assert read_exactly(kept, 5) == b"hello"
         kept.close()
