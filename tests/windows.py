@@ -71,17 +71,8 @@ CARRIER = "panda3d==1.10.16"  # its wheels carry python.org's DLLs and extension
 # Wine brings its own C runtime; _wmi crashes in Wine 8; nothing here draws.
 LEFT_OUT = r"api-ms-|ucrtbase|_wmi|_tkinter|tcl|tk"
 BESIDE_EXE = r"python3\d+t?\.dll$|VCRUNTIME"
-HOST_ONLY = (
-    "lib-dynload",
-    "*-packages",
-    "config-*",
-    "*.so",
-    "_sysconfigdata*",
-    "sitecustomize.py",
-    "EXTERNALLY-MANAGED",
-    "__pycache__",
-    "test",
-)  # of a standard library
+HOST_ONLY = ("lib-dynload", "*-packages", "config-*", "*.so", "_sysconfigdata*", "sitecustomize.py",
+             "EXTERNALLY-MANAGED", "__pycache__", "test")  # of a standard library
 # The handler is Windows' own, where Wine's says exit code 0. Handlers are asked last in, first out: it has to
 # come before the C runtime's, which is loaded with Python and makes a KeyboardInterrupt.
 LAUNCHER = """\
@@ -94,10 +85,8 @@ int wmain(int argc, wchar_t **argv) {
 }
 """
 # Makes folders real site folders, whose .pth files count: pywin32 needs that.
-SITES = (
-    "import os, site; "
-    "list(map(site.addsitedir, filter(None, os.environ.get('IOCP_CTYPES_SITES', '').split(';'))))\n"
-)
+SITES = ("import os, site; "
+         "list(map(site.addsitedir, filter(None, os.environ.get('IOCP_CTYPES_SITES', '').split(';'))))\n")
 # As in the python.exe of python.org: a program that does not claim Windows 10 is told it runs on Windows 8.
 MANIFEST = """\
 <assembly xmlns="urn:schemas-microsoft-com:asm.v1" manifestVersion="1.0">
@@ -105,11 +94,8 @@ MANIFEST = """\
 <supportedOS Id="{8e0f7a12-bfb3-4fe8-b9a5-48fd50a15a9a}"/></application></compatibility></assembly>
 """
 # Two libraries only pass calls on: the stable ABI's, and one that modules in Rust need and Wine 8 has not.
-LINKED = (
-    ("python.exe", "-municode", "launcher.c"),
-    ("python3.dll", "-shared", "python3.def"),
-    ("bcryptprimitives.dll", "-shared", "bcryptprimitives.def"),
-)
+LINKED = (("python.exe", "-municode", "launcher.c"), ("python3.dll", "-shared", "python3.def"),
+          ("bcryptprimitives.dll", "-shared", "bcryptprimitives.def"))
 RANDOM = "EXPORTS\nProcessPrng=advapi32.SystemFunction036"
 PYTHON_RECIPE = (CARRIER, LEFT_OUT, BESIDE_EXE, HOST_ONLY, LAUNCHER, SITES, MANIFEST, LINKED, RANDOM)
 WINE_RECIPE = (("wineboot", "-i"), ("winecfg", "-v", "win10"))
@@ -142,15 +128,8 @@ def say(text: str) -> None:
 
 def quietly(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
     """Run a tool of the host; its output is in the result, its input empty."""
-    return subprocess.run(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",
-        errors="replace",
-        **options,
-    )
+    return subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, encoding="utf-8", errors="replace", **options)
 
 
 def digest(recipe: Sequence[object]) -> str:
@@ -257,8 +236,7 @@ def tools() -> Tools:
     candidates = (  # the loader before the `wine` script: a process id is the program's from the start
         ("/usr/lib/wine/wine64", "/usr/lib/wine/wine", "wine64", "wine"),
         ("/usr/lib/wine/wineserver64", "wineserver"),
-        ("x86_64-w64-mingw32-gcc-win32", "x86_64-w64-mingw32-gcc"),
-    )
+        ("x86_64-w64-mingw32-gcc-win32", "x86_64-w64-mingw32-gcc"))
     with locked("apt"):
         for tried in (False, True):
             found = [next(filter(None, map(shutil.which, names)), "") for names in candidates]
@@ -298,20 +276,9 @@ def host_pip() -> str:
 
 def pip(tag: str, action: str, *args: str) -> None:
     """Run the host's pip for the Windows interpreter `tag`, with the user's PIP_* settings."""
-    wheels = [
-        "--only-binary=:all:",
-        "--platform",
-        "win_amd64",
-        "--implementation",
-        "cp",
-        "--python-version",
-        tag.rstrip("t"),
-        "--abi",
-        "cp" + tag.replace(".", ""),
-        "--abi",
-        "none",
-        *(() if tag.endswith("t") else ("--abi", "abi3")),
-    ]
+    wheels = ["--only-binary=:all:", "--platform", "win_amd64", "--implementation", "cp",
+              "--python-version", tag.rstrip("t"), "--abi", "cp" + tag.replace(".", ""), "--abi", "none",
+              *(() if tag.endswith("t") else ("--abi", "abi3"))]
     # Both would contradict --target.
     environment = {**os.environ, "PIP_USER": "0", "PIP_REQUIRE_VIRTUALENV": "0"}
     done = quietly([host_pip(), "-c", PIP, tag, action, *wheels, *args], env=environment)
@@ -342,9 +309,8 @@ def lay_out_python(tag: str, found: Tools, stdlib: Path) -> Path:
                     place = part if re.match(BESIDE_EXE, name) else part / "DLLs"
                     (place / name).write_bytes(archive.read(entry))
         shutil.rmtree(part / "wheel")
-        shutil.copytree(
-            stdlib, part / "Lib", ignore_dangling_symlinks=True, ignore=shutil.ignore_patterns(*HOST_ONLY)
-        )
+        shutil.copytree(stdlib, part / "Lib", ignore_dangling_symlinks=True,
+                        ignore=shutil.ignore_patterns(*HOST_ONLY))
         name = "python" + tag.replace(".", "")
         (part / "launcher.c").write_text(LAUNCHER.replace("PYTHON_DLL", f"{name}.dll"))
         (part / "python.exe.manifest").write_text(MANIFEST)
@@ -368,29 +334,16 @@ def wine_environment(prefix: Path, found: Tools) -> dict[str, str]:
     environment = {name: value for name, value in os.environ.items() if name not in left_out}
     environment.setdefault("WINEDEBUG", "-all")
     # One locale everywhere: the program's code page follows it.
-    return {
-        **environment,
-        "WINEPREFIX": str(prefix),
-        "WINEARCH": "win64",
-        "WINESERVER": found.server,
-        "WINEDLLOVERRIDES": "mscoree,mshtml=",
-        "LC_ALL": "C.UTF-8",
-    }
+    return {**environment, "WINEPREFIX": str(prefix), "WINEARCH": "win64", "WINESERVER": found.server,
+            "WINEDLLOVERRIDES": "mscoree,mshtml=", "LC_ALL": "C.UTF-8"}
 
 
 def silently(command: Sequence[str], environment: Mapping[str, str]) -> int:
     """Run a part of Wine apart from our stdio and terminal: what it starts stays, and would keep them."""
     nowhere = subprocess.DEVNULL
     try:
-        return subprocess.run(
-            command,
-            env=environment,
-            stdin=nowhere,
-            stdout=nowhere,
-            stderr=nowhere,
-            start_new_session=True,
-            timeout=300,
-        ).returncode
+        return subprocess.run(command, env=environment, stdin=nowhere, stdout=nowhere, stderr=nowhere,
+                              start_new_session=True, timeout=300).returncode
     except subprocess.TimeoutExpired:
         raise Problem(f"Wine hangs: {' '.join(command)}") from None
 
@@ -532,10 +485,8 @@ def prepare_windows(python: str | None, packages: Sequence[str]) -> Target:
         with locked(folder.name):
             if not ready.exists():
                 say(f"installing {' '.join(packages)} …")
-                for command in (
-                    [sys.executable, "-m", "venv", "--clear", str(folder)],
-                    [interpreter, "-m", "pip", "install", *packages],
-                ):
+                for command in ([sys.executable, "-m", "venv", "--clear", str(folder)],
+                                [interpreter, "-m", "pip", "install", *packages]):
                     done = quietly(command)
                     if done.returncode:
                         raise Problem(f"cannot make {folder}: {last_line(done.stdout, 'ERROR: (.+)')}")
@@ -550,7 +501,7 @@ def pump(source: int, sink: int, own: IO[bytes]) -> None:
         while data := os.read(source, 1 << 16):
             while data:
                 try:
-                    data = data[os.write(sink, data) :]
+                    data = data[os.write(sink, data):]
                 except BlockingIOError:
                     select.select([], [sink], [])
 
@@ -564,13 +515,8 @@ def run(target: Target, args: Sequence[str], timeout: float | None) -> int:
     outputs: list[threading.Thread] = []
     patience: float | None = None
     try:
-        process = target.popen(
-            args,
-            env=environment,
-            stdin=0 if direct else subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
+        process = target.popen(args, env=environment, stdin=0 if direct else subprocess.PIPE,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         signal.signal(signal.SIGINT, lambda *_: process.interrupt())
         signal.signal(signal.SIGALRM, lambda *_: sys.exit(TIMED_OUT))
         signal.setitimer(signal.ITIMER_REAL, timeout or 0)

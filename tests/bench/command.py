@@ -67,13 +67,8 @@ MEASURES = (
     Measure("bulk", "bulk", ("--mib", "128"), ("--mib", "32")),
     Measure("churn", "churn", ("--clients", "16"), timed=True),
     Measure("echo1000", "exchange", ("--clients", "1000"), timed=True),
-    Measure(
-        "storm",
-        "storm",
-        ("--count", "5000", "--clients", "500"),
-        quick=("--count", "1000", "--clients", "500"),
-        rounds_max=3,
-    ),
+    Measure("storm", "storm", ("--count", "5000", "--clients", "500"),
+            quick=("--count", "1000", "--clients", "500"), rounds_max=3),
     Measure("resets", "resets", ("--count", "30", "--seconds", "2")),
 )
 
@@ -170,49 +165,28 @@ def say(text: str) -> None:
 def parser() -> argparse.ArgumentParser:
     """Returns: the command line."""
     names = [measure.name for measure in MEASURES]
-    parser = argparse.ArgumentParser(
-        prog="run.py",
-        description="Compares echo servers under one Windows "
-        "Python, driven by a native process, in alternating rounds.",
-    )
+    parser = argparse.ArgumentParser(prog="run.py", description="Compares echo servers under one Windows "
+                                     "Python, driven by a native process, in alternating rounds.")
     parser.add_argument("--python", help="version of the Windows Python, such as 3.12 or 3.13t (under Wine)")
-    parser.add_argument(
-        "--native",
-        action="store_true",
-        help="run the servers on this very Python, to try this program out (so on Windows)",
-    )
-    parser.add_argument(
-        "--against",
-        default="asyncio,threading",
-        metavar="NAMES",
-        help=f"peers, of: {', '.join(PEERS)} (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--ours", default="", metavar="OPTIONS", help='options of our server: --ours="--io-threads 1"'
-    )
+    parser.add_argument("--native", action="store_true",
+                        help="run the servers on this very Python, to try this program out (so on Windows)")
+    parser.add_argument("--against", default="asyncio,threading", metavar="NAMES",
+                        help=f"peers, of: {', '.join(PEERS)} (default: %(default)s)")
+    parser.add_argument("--ours", default="", metavar="OPTIONS",
+                        help='options of our server: --ours="--io-threads 1"')
     parser.add_argument("--without-ours", action="store_true", help="only the peers")
-    parser.add_argument(
-        "--variant",
-        action="append",
-        default=[],
-        metavar="NAME=OPTIONS",
-        help="our server once more, with other options; repeatable",
-    )
+    parser.add_argument("--variant", action="append", default=[], metavar="NAME=OPTIONS",
+                        help="our server once more, with other options; repeatable")
     parser.add_argument("--measures", default=",".join(names), metavar="NAMES", help="of: %(default)s")
     parser.add_argument("--rounds", type=int, help="default: 5, or 2 with --quick")
     parser.add_argument("--seconds", type=float, help="length of a measured window (default: 1.5, or 0.6)")
-    parser.add_argument(
-        "--minutes", type=float, help="begin no round that would end later (default: 6, or 1.5)"
-    )
+    parser.add_argument("--minutes", type=float,
+                        help="begin no round that would end later (default: 6, or 1.5)")
     parser.add_argument("--quick", action="store_true", help="fewer, shorter rounds: a minute and a half")
-    parser.add_argument(
-        "--profile",
-        metavar="NAME",
-        help="measure nothing; show where this server's time goes (Python 3.11 only)",
-    )
-    parser.add_argument(
-        "--json", metavar="FILE", help="write all raw rounds; -: to stdout, and the table to stderr"
-    )
+    parser.add_argument("--profile", metavar="NAME",
+                        help="measure nothing; show where this server's time goes (Python 3.11 only)")
+    parser.add_argument("--json", metavar="FILE",
+                        help="write all raw rounds; -: to stdout, and the table to stderr")
     return parser
 
 
@@ -252,16 +226,11 @@ def chosen(command: argparse.ArgumentParser, option: str, text: str, known: Sequ
 def describe(starter: Starter, options: argparse.Namespace, kinds: Sequence[Kind]) -> Header:
     """Returns: what one must know to read the figures."""
     return Header(
-        python=version_line(starter),
-        wine=wine_version(starter),
-        load_generator=platform.python_version(),
+        python=version_line(starter), wine=wine_version(starter), load_generator=platform.python_version(),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
-        processors=os.cpu_count() or 0,
-        load_average=busy(),
+        processors=os.cpu_count() or 0, load_average=busy(),
         started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        rounds=options.rounds,
-        seconds=options.seconds,
-        quick=options.quick,
+        rounds=options.rounds, seconds=options.seconds, quick=options.quick,
         servers={kind.name: " ".join(("python", *kind.arguments)) for kind in kinds},
     )
 
@@ -295,11 +264,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bench.run(measures)
     except KeyboardInterrupt:
         interrupted = True  # what was measured until then is worth its report
-    header = replace(
-        header,
-        load_average=f"{header.load_average} before, {busy()} after",
-        rounds=max((record.round for record in bench.records), default=0),
-    )
+    header = replace(header, load_average=f"{header.load_average} before, {busy()} after",
+                     rounds=max((record.round for record in bench.records), default=0))
     say(f"took {time.monotonic() - started:.0f} s")
     baseline = BASELINE if BASELINE in bench.servers else next(reversed(bench.servers))
     print(table(header, bench.records, baseline), file=sys.stderr if options.json == "-" else sys.stdout)

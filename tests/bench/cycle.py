@@ -73,13 +73,8 @@ class Cycle:
         timeout_s: from connect to echo, then the attempt counts as failed.
     """
 
-    def __init__(
-        self,
-        address: Address,
-        parallel: int,
-        finish: Callable[[socket.socket], None],
-        timeout_s: float = CONNECT_TIMEOUT_S,
-    ) -> None:
+    def __init__(self, address: Address, parallel: int, finish: Callable[[socket.socket], None],
+                 timeout_s: float = CONNECT_TIMEOUT_S) -> None:
         self._address = address
         self._parallel = parallel
         self._finish = finish

@@ -26,14 +26,8 @@ def drive(server: Server, arguments: Sequence[str]) -> tuple[dict[str, Any] | No
     for pid in watched.wineserver:
         command += ["--wineserver", str(pid)]
     try:
-        done = subprocess.run(
-            command,
-            cwd=str(TESTS),
-            timeout=LOAD_MAX_S,
-            check=False,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-        )
+        done = subprocess.run(command, cwd=str(TESTS), timeout=LOAD_MAX_S, check=False,
+                              stdin=subprocess.DEVNULL, capture_output=True)
     except subprocess.TimeoutExpired:
         return None, f"the load generator did not end in {LOAD_MAX_S:g} s"
     if done.returncode:

@@ -29,9 +29,8 @@ def profile(kind: Kind, starter: Starter, clients: int, seconds: float) -> str:
     server = Server(replace(kind, arguments=arguments), starter, secrets.token_hex(8))
     try:
         server.start()
-        result, error = drive(
-            server, ["exchange", "--clients", str(clients), "--seconds", str(DELAY_S + seconds + AFTER_S)]
-        )
+        result, error = drive(server, ["exchange", "--clients", str(clients), "--seconds",
+                                       str(DELAY_S + seconds + AFTER_S)])
         found = None
         end = time.monotonic() + AFTER_S
         while found is None and time.monotonic() < end:
@@ -49,13 +48,9 @@ def profile(kind: Kind, starter: Starter, clients: int, seconds: float) -> str:
 def table(rows: list[list[Any]], exchanges: float) -> str:
     """Returns: the functions with the most time of their own, in µs for an exchange."""
     rows.sort(key=lambda row: -row[2])
-    lines = [
-        f"about {exchanges:.0f} exchanges; per exchange, slowed by the profiler:",
-        f"{'calls':>9} {'own µs':>9} {'total µs':>9}  function",
-    ]
-    lines += [
-        f"{calls / exchanges:9.3f} {own * 1e6 / exchanges:9.2f} {total * 1e6 / exchanges:9.2f}  {name}"
-        for name, calls, own, total in rows[:ROWS]
-    ]
+    lines = [f"about {exchanges:.0f} exchanges; per exchange, slowed by the profiler:",
+             f"{'calls':>9} {'own µs':>9} {'total µs':>9}  function"]
+    lines += [f"{calls / exchanges:9.3f} {own * 1e6 / exchanges:9.2f} {total * 1e6 / exchanges:9.2f}  {name}"
+              for name, calls, own, total in rows[:ROWS]]
     calls = sum(row[1] for row in rows) / exchanges
     return "\n".join([*lines, f"{calls:9.3f} {'':9} {'':9}  all calls"])

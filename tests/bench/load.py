@@ -154,13 +154,8 @@ def _take(client: Client, data: bytes) -> str | None:
     return "" if client.message.startswith(client.received) else "wrong echo"
 
 
-def _exchange(
-    clients: dict[int, Client],
-    poller: Poller,
-    seconds: float,
-    latencies_s: list[float],
-    failures: Counter[str],
-) -> None:
+def _exchange(clients: dict[int, Client], poller: Poller, seconds: float, latencies_s: list[float],
+              failures: Counter[str]) -> None:
     """The hot loop: each client sends its message again as soon as it came back, until `seconds` passed."""
     note = latencies_s.append
     size = PAYLOAD_BYTES + 1
@@ -208,9 +203,8 @@ def _used_s(watched: Watched) -> float | None:
     return used.user_s + used.system_s if used else None
 
 
-def exchange(
-    address: Address, clients: int, seconds: float, warmup: float, watched: Watched = NOTHING
-) -> Exchanged:
+def exchange(address: Address, clients: int, seconds: float, warmup: float,
+             watched: Watched = NOTHING) -> Exchanged:
     """Measures exchanges of 64 bytes: `clients` connections, one message outstanding each, for `seconds`."""
     sockets, failures = connect_many(address, clients)
     everyone = [Client(sock, number) for number, sock in enumerate(sockets)]
@@ -233,17 +227,8 @@ def exchange(
     for sock in sockets:
         sock.close()
     counts = [client.count for client in everyone] + [0] * (clients - len(everyone))
-    return Exchanged(
-        clients,
-        took,
-        len(latencies_s),
-        len(latencies_s) / took,
-        *_tails_us(latencies_s),
-        fairness(counts),
-        counts.count(0),
-        cost,
-        dict(failures),
-    )
+    return Exchanged(clients, took, len(latencies_s), len(latencies_s) / took, *_tails_us(latencies_s),
+                     fairness(counts), counts.count(0), cost, dict(failures))
 
 
 def _tails_us(latencies_s: list[float]) -> tuple[float | None, float | None]:
@@ -253,9 +238,8 @@ def _tails_us(latencies_s: list[float]) -> tuple[float | None, float | None]:
     return None if middle is None else middle * 1e6, None if high is None else high * 1e6
 
 
-def churn(
-    address: Address, parallel: int, seconds: float, warmup: float, watched: Watched = NOTHING
-) -> Cycled:
+def churn(address: Address, parallel: int, seconds: float, warmup: float,
+          watched: Watched = NOTHING) -> Cycled:
     """Measures connect, echo, close in `parallel` loops for `seconds`; what ends later does not count."""
     cycle = Cycle(address, parallel, socket.socket.close)
     cycle.run(warmup)
@@ -265,9 +249,8 @@ def churn(
     took, latencies_s = clock() - started, cycle.latencies_s.copy()
     cost = meter.cost(len(latencies_s))
     cycle.drain(DRAIN_S)
-    return Cycled(
-        len(latencies_s), took, len(latencies_s) / took, *_tails_us(latencies_s), cost, dict(cycle.failures)
-    )
+    return Cycled(len(latencies_s), took, len(latencies_s) / took, *_tails_us(latencies_s), cost,
+                  dict(cycle.failures))
 
 
 def storm(address: Address, count: int, parallel: int, watched: Watched = NOTHING) -> Cycled:
@@ -277,9 +260,8 @@ def storm(address: Address, count: int, parallel: int, watched: Watched = NOTHIN
     cycle.skipped(cycle.run(STORM_MAX_S, count))
     cycle.drain(CONNECT_TIMEOUT_S)
     took, done = clock() - started, len(cycle.latencies_s)
-    return Cycled(
-        done, took, done / took, *_tails_us(cycle.latencies_s), meter.cost(done), dict(cycle.failures)
-    )
+    return Cycled(done, took, done / took, *_tails_us(cycle.latencies_s), meter.cost(done),
+                  dict(cycle.failures))
 
 
 def bulk(address: Address, mib: int, watched: Watched = NOTHING) -> Streamed:
@@ -289,7 +271,7 @@ def bulk(address: Address, mib: int, watched: Watched = NOTHING) -> Streamed:
     total = mib << 20
     expected = 0
     for start in range(0, total, len(block)):
-        expected = zlib.crc32(block[: total - start], expected)
+        expected = zlib.crc32(block[:total - start], expected)
     sockets, failures = connect_many(address, 1)
     meter, started, checksum = Meter(watched), clock(), None
     for sock in sockets:
@@ -319,7 +301,7 @@ def _stream(sock: socket.socket, block: memoryview, total: int) -> int:
             for _, events in poller.poll(0.25):
                 if events & WRITE and sent < total:
                     start = sent % len(block)
-                    sent += sock.send(block[start : start + min(total - sent, BULK_BUFFER_BYTES)])
+                    sent += sock.send(block[start:start + min(total - sent, BULK_BUFFER_BYTES)])
                     if sent == total:
                         poller.modify(sock.fileno(), READ)
                 if events & ~WRITE:
@@ -352,12 +334,8 @@ def idle(address: Address, connections: int, watched: Watched = NOTHING) -> Rest
     failures.update(more)
     if not before or not after or not sockets:
         return Rested(len(sockets), None, None, dict(failures))
-    return Rested(
-        len(sockets),
-        (after.private_kib - before.private_kib) / len(sockets),
-        (after.resident_kib - before.resident_kib) / len(sockets),
-        dict(failures),
-    )
+    return Rested(len(sockets), (after.private_kib - before.private_kib) / len(sockets),
+                  (after.resident_kib - before.resident_kib) / len(sockets), dict(failures))
 
 
 def resets(address: Address, count: int, wait: float) -> Survived:
@@ -384,11 +362,8 @@ def _serves(address: Address, wait: float) -> tuple[bool, float, Counter[str]]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python3 -m bench.load",
-        description=str(__doc__).splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(prog="python3 -m bench.load", description=str(__doc__).splitlines()[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("measure", choices=("exchange", "churn", "storm", "bulk", "idle", "resets"))
     parser.add_argument("address", metavar="HOST:PORT")
     parser.add_argument("--clients", type=int, default=64, help="connections, or how many at a time")

@@ -46,14 +46,9 @@ class SelectorPoller:
         self._selector.unregister(fd)
 
     def poll(self, timeout: float, /) -> list[tuple[int, int]]:
-        return [
-            (
-                key.fd,
-                (READ if events & selectors.EVENT_READ else 0)
-                | (WRITE if events & selectors.EVENT_WRITE else 0),
-            )
-            for key, events in self._selector.select(timeout)
-        ]
+        return [(key.fd, (READ if events & selectors.EVENT_READ else 0)
+                 | (WRITE if events & selectors.EVENT_WRITE else 0))
+                for key, events in self._selector.select(timeout)]
 
     def close(self) -> None:
         self._selector.close()

@@ -77,20 +77,15 @@ STARVED = Metric("clients with nothing", "starved", "low")
 EXCHANGE = (Metric("exchanges/s", "per_s", "high"), *TAILS, *_costs("exchange"))
 CYCLE = (Metric("connections/s", "per_s", "high"), *TAILS, *_costs("conn."))
 METRICS: dict[str, tuple[Metric, ...]] = {
-    "idle": (
-        Metric("private KiB/conn.", "private_kib", "low"),
-        Metric("resident KiB/conn.", "resident_kib", "low"),
-    ),
+    "idle": (Metric("private KiB/conn.", "private_kib", "low"),
+             Metric("resident KiB/conn.", "resident_kib", "low")),
     "echo1": EXCHANGE,
     "echo64": (*EXCHANGE, Metric("least share/mean", "fairness", "high"), STARVED),
     "echo1000": (*EXCHANGE, STARVED),
     "churn": CYCLE,
     "storm": (Metric("seconds", "seconds", "low"), *CYCLE),
-    "bulk": (
-        Metric("MB/s", "mb_per_s", "high"),
-        Metric("checksum right", "intact", "high", flag=True),
-        *_costs("MiB"),
-    ),
+    "bulk": (Metric("MB/s", "mb_per_s", "high"), Metric("checksum right", "intact", "high", flag=True),
+             *_costs("MiB")),
     "resets": (Metric("next client served", "served", "high", flag=True),),
 }
 
@@ -105,11 +100,8 @@ def value(result: dict[str, Any] | None, metric: Metric) -> float | None:
 
 def values(records: Sequence[Record], measure: str, server: str, metric: Metric) -> dict[int, float]:
     """Returns: the known figures by round."""
-    found = {
-        record.round: value(record.result, metric)
-        for record in records
-        if record.measure == measure and record.server == server
-    }
+    found = {record.round: value(record.result, metric) for record in records
+             if record.measure == measure and record.server == server}
     return {turn: figure for turn, figure in found.items() if figure is not None}
 
 
@@ -130,15 +122,9 @@ def summary(records: Sequence[Record], baseline: str) -> Summary:
         for metric in METRICS[measure]:
             figures = {server: values(records, measure, server, metric) for server in servers}
             answer.setdefault(measure, {})[metric.key] = {
-                server: {
-                    "median": statistics.median(found.values()),
-                    "min": min(found.values()),
-                    "max": max(found.values()),
-                    "ratio": paired_ratio(found, figures.get(baseline, {})),
-                }
-                for server, found in figures.items()
-                if found
-            }
+                server: {"median": statistics.median(found.values()), "min": min(found.values()),
+                         "max": max(found.values()), "ratio": paired_ratio(found, figures.get(baseline, {}))}
+                for server, found in figures.items() if found}
     return answer
 
 
@@ -164,13 +150,8 @@ def headline(record: Record) -> str:
 
 def as_json(header: Header, records: Sequence[Record], baseline: str) -> dict[str, Any]:
     """Returns: all of a run: header, raw rounds and summary."""
-    return {
-        "schema": SCHEMA,
-        "header": asdict(header),
-        "baseline": baseline,
-        "rounds": [asdict(record) for record in records],
-        "summary": summary(records, baseline),
-    }
+    return {"schema": SCHEMA, "header": asdict(header), "baseline": baseline,
+            "rounds": [asdict(record) for record in records], "summary": summary(records, baseline)}
 
 
 def table(header: Header, records: Sequence[Record], baseline: str) -> str:
@@ -195,30 +176,24 @@ def _heading(header: Header) -> list[str]:
     wine = f" under {header.wine}" if header.wine else ""
     return [
         f"servers: Python {header.python}{wine}; load generator: Python {header.load_generator}",
-        f"machine: {header.system}, {header.processors} processors, load average {header.load_average}",
+        f"machine: {header.system}, {header.processors} processors, "
+        f"load average {header.load_average}",
         f"rounds: {header.rounds}, windows of {header.seconds:g} s{', quick' if header.quick else ''}; "
         f"started {header.started}",
         *(f"{name}: {command}" for name, command in header.servers.items()),
     ]
 
 
-def _rows(
-    records: Sequence[Record], measure: str, servers: Sequence[str], others: Sequence[str], baseline: str
-) -> list[list[str]]:
+def _rows(records: Sequence[Record], measure: str, servers: Sequence[str], others: Sequence[str],
+          baseline: str) -> list[list[str]]:
     rows = []
     for metric in METRICS[measure]:
         figures = {server: values(records, measure, server, metric) for server in servers}
         if any(figures.values()):
             ratios = [paired_ratio(figures[other], figures.get(baseline, {})) for other in others]
-            rows.append(
-                [
-                    measure,
-                    metric.label,
-                    metric.best,
-                    *(_cell(list(figures[server].values()), metric) for server in servers),
-                    *("" if ratio is None or metric.flag else f"{ratio:.2f}" for ratio in ratios),
-                ]
-            )
+            rows.append([measure, metric.label, metric.best,
+                         *(_cell(list(figures[server].values()), metric) for server in servers),
+                         *("" if ratio is None or metric.flag else f"{ratio:.2f}" for ratio in ratios)])
     counts = [sum(failures(records, measure, server).values()) for server in servers]
     return [*rows, [measure, "failures, all rounds", "low", *map(str, counts), *[""] * len(others)]]
 
@@ -244,27 +219,13 @@ def _notes(records: Sequence[Record], servers: Sequence[str], baseline: str) -> 
         for server in servers:
             if counted := failures(records, measure, server):
                 details = "; ".join(f"{count} x {reason}" for reason, count in counted.most_common())
-                said = next(
-                    (
-                        record.said[-1]
-                        for record in records
-                        if (record.measure, record.server) == (measure, server) and record.said
-                    ),
-                    "",
-                )
+                said = next((record.said[-1] for record in records
+                             if (record.measure, record.server) == (measure, server) and record.said), "")
                 said = f"; it said: {said}" if said else ""
                 lines.append(f"failed: {measure}, {server}: {details}{said}")
-    deaf = {
-        record.server
-        for record in records
-        if record.measure == "resets"
-        and record.result
-        and record.result["served_before"]
-        and not record.result["served"]
-    }
-    lines += [
-        f"{server} accepts nobody any more after clients that reset at once: its listener is dead."
-        for server in servers
-        if server in deaf
-    ]
+    deaf = {record.server for record in records
+            if record.measure == "resets" and record.result
+            and record.result["served_before"] and not record.result["served"]}
+    lines += [f"{server} accepts nobody any more after clients that reset at once: its listener is dead."
+              for server in servers if server in deaf]
     return lines

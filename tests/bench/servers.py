@@ -55,9 +55,8 @@ PEERS = {
     # 500 show what a thread takes as well as 2,000 do, whose ending keeps Wine busy for ten seconds.
     "threading": Kind("threading", ("-m", "bench.peers.threading_server"), idle_max=500),
     "winloop": Kind("winloop", ("-m", "bench.peers.winloop_server"), ("winloop",)),
-    "twisted": Kind(
-        "twisted", ("-m", "bench.peers.twisted_iocp"), ("twisted", "twisted-iocpsupport", "pywin32")
-    ),
+    "twisted": Kind("twisted", ("-m", "bench.peers.twisted_iocp"),
+                    ("twisted", "twisted-iocpsupport", "pywin32")),
 }
 
 
@@ -157,14 +156,9 @@ class Server:
         self._ready.clear()
         self._address = None
         # Pipes for both: Python under Wine does not start when its output is a regular file.
-        self._process = self._starter.popen(
-            self.kind.arguments,
-            env=environment,
-            cwd=str(TESTS),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
+        self._process = self._starter.popen(self.kind.arguments, env=environment, cwd=str(TESTS),
+                                            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                            stderr=subprocess.STDOUT)
         self._reader = threading.Thread(target=self._read, args=(self._process,), daemon=True)
         self._reader.start()
         self._ready.wait(START_MAX_S)
@@ -233,26 +227,18 @@ def wineservers(environment: Mapping[str, str]) -> tuple[int, ...]:
     prefix = environment.get("WINEPREFIX")
     if not prefix:
         return ()
-    return tuple(
-        pid for pid in marked_processes("WINEPREFIX", prefix) if process_name(pid).startswith("wineserver")
-    )
+    return tuple(pid for pid in marked_processes("WINEPREFIX", prefix)
+                 if process_name(pid).startswith("wineserver"))
 
 
 def version_line(starter: Starter) -> str:
     """Returns: version and kind of the Python that runs the servers, as it says them itself."""
-    code = (
-        "import sys, platform\n"
-        "gil = getattr(sys, '_is_gil_enabled', lambda: True)()\n"
-        "print(platform.python_version(), '64-bit' if sys.maxsize > 2**32 else '32-bit',"
-        " '' if gil else 'free-threaded', sys.platform)"
-    )
-    process = starter.popen(
-        ["-c", code],
-        env=starter.environment(),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+    code = ("import sys, platform\n"
+            "gil = getattr(sys, '_is_gil_enabled', lambda: True)()\n"
+            "print(platform.python_version(), '64-bit' if sys.maxsize > 2**32 else '32-bit',"
+            " '' if gil else 'free-threaded', sys.platform)")
+    process = starter.popen(["-c", code], env=starter.environment(), stdin=subprocess.DEVNULL,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
         output = process.communicate(timeout=START_MAX_S)[0].decode(errors="replace")
     except subprocess.TimeoutExpired:
@@ -269,14 +255,8 @@ def wine_version(starter: Starter) -> str | None:
     tools = getattr(starter, "tools", None)
     program = getattr(tools, "wine", "wine")
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        done = subprocess.run(
-            [program, "--version"],
-            env=starter.environment(),
-            timeout=START_MAX_S,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            check=False,
-        )
+        done = subprocess.run([program, "--version"], env=starter.environment(), timeout=START_MAX_S,
+                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                              check=False)
         return done.stdout.decode(errors="replace").strip() or "unknown"
     return "unknown"

@@ -166,7 +166,9 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="end with code 1 where a goal is missed")
     options = parser.parse_args()
     starter = make_starter(options.python, (), options.native)
-    results: dict[str, dict[str, list[Round]]] = {measure: {OURS: [], THEIRS: []} for measure in MEASURES}
+    results: dict[str, dict[str, list[Round]]] = {
+        measure: {OURS: [], THEIRS: []} for measure in MEASURES
+    }
     with contextlib.ExitStack() as stack:
         path = Path(stack.enter_context(tempfile.TemporaryDirectory()), "pair.pem")
         made = throwaway_certificate()

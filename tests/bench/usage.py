@@ -44,11 +44,8 @@ def cpu(pids: Sequence[int]) -> Cpu | None:
     if not readings or len(known) < len(readings):
         return None
     writes = [reading.writes for reading in known if reading.writes is not None]
-    return Cpu(
-        sum(reading.user_s for reading in known),
-        sum(reading.system_s for reading in known),
-        sum(writes) if len(writes) == len(known) else None,
-    )
+    return Cpu(sum(reading.user_s for reading in known), sum(reading.system_s for reading in known),
+               sum(writes) if len(writes) == len(known) else None)
 
 
 def memory(pids: Sequence[int]) -> Memory | None:
@@ -57,9 +54,8 @@ def memory(pids: Sequence[int]) -> Memory | None:
     known = [reading for reading in readings if reading]
     if not readings or len(known) < len(readings):
         return None
-    return Memory(
-        sum(reading.resident_kib for reading in known), sum(reading.private_kib for reading in known)
-    )
+    return Memory(sum(reading.resident_kib for reading in known),
+                  sum(reading.private_kib for reading in known))
 
 
 @dataclass(frozen=True)
@@ -98,12 +94,9 @@ class Meter:
             wine_s = wineserver.user_s + wineserver.system_s - wine_before.user_s - wine_before.system_s
             if server.writes is not None and before.writes is not None:
                 requests = (server.writes - before.writes) / units
-        return Cost(
-            (server.user_s - before.user_s) * 1e6 / units,
-            (server.system_s - before.system_s) * 1e6 / units,
-            None if wine_s is None else wine_s * 1e6 / units,
-            requests,
-        )
+        return Cost((server.user_s - before.user_s) * 1e6 / units,
+                    (server.system_s - before.system_s) * 1e6 / units,
+                    None if wine_s is None else wine_s * 1e6 / units, requests)
 
 
 def marked_processes(variable: str, value: str) -> list[int]:
@@ -152,22 +145,11 @@ if sys.platform == "win32":
         """PROCESS_MEMORY_COUNTERS_EX."""
 
         _fields_ = (
-            ("cb", wintypes.DWORD),
-            ("PageFaultCount", wintypes.DWORD),
-            *(
-                (name, ctypes.c_size_t)
-                for name in (
-                    "PeakWorkingSetSize",
-                    "WorkingSetSize",
-                    "QuotaPeakPagedPoolUsage",
-                    "QuotaPagedPoolUsage",
-                    "QuotaPeakNonPagedPoolUsage",
-                    "QuotaNonPagedPoolUsage",
-                    "PagefileUsage",
-                    "PeakPagefileUsage",
-                    "PrivateUsage",
-                )
-            ),
+            ("cb", wintypes.DWORD), ("PageFaultCount", wintypes.DWORD),
+            *((name, ctypes.c_size_t) for name in (
+                "PeakWorkingSetSize", "WorkingSetSize", "QuotaPeakPagedPoolUsage", "QuotaPagedPoolUsage",
+                "QuotaPeakNonPagedPoolUsage", "QuotaNonPagedPoolUsage", "PagefileUsage", "PeakPagefileUsage",
+                "PrivateUsage")),
         )
 
     _kernel32 = ctypes.WinDLL("kernel32")

@@ -193,19 +193,8 @@ def test_each_round_visits_each_server_once_in_another_order(count: int) -> None
     assert {visit[0] for visit in orders} == {visit[-1] for visit in orders} == set(names)
 
 
-HEADER = report.Header(
-    "3.12",
-    None,
-    "3.11",
-    "System",
-    2,
-    "0.0",
-    "2000-01-01",
-    2,
-    1.0,
-    False,
-    {"ours": "python ours", "asyncio": "python asyncio"},
-)
+HEADER = report.Header("3.12", None, "3.11", "System", 2, "0.0", "2000-01-01", 2, 1.0, False,
+                       {"ours": "python ours", "asyncio": "python asyncio"})
 
 
 def record(turn: int, server: str, rate: float, **more: Any) -> report.Record:
@@ -214,15 +203,8 @@ def record(turn: int, server: str, rate: float, **more: Any) -> report.Record:
 
 
 def test_a_ratio_is_taken_round_by_round() -> None:
-    records = [
-        record(1, "ours", 30),
-        record(1, "asyncio", 10),
-        record(2, "ours", 8),
-        record(2, "asyncio", 8),
-        record(3, "ours", 20),
-        record(3, "asyncio", 10),
-        record(4, "ours", 99),
-    ]
+    records = [record(1, "ours", 30), record(1, "asyncio", 10), record(2, "ours", 8), record(2, "asyncio", 8),
+               record(3, "ours", 20), record(3, "asyncio", 10), record(4, "ours", 99)]
     summary = report.summary(records, "asyncio")["echo64"]["per_s"]
     assert summary["ours"] == {"median": 25, "min": 8, "max": 99, "ratio": 2.0}
     assert summary["asyncio"]["ratio"] == 1.0
@@ -231,12 +213,10 @@ def test_a_ratio_is_taken_round_by_round() -> None:
 
 def test_the_report_shows_failures_deaths_and_a_dead_listener() -> None:
     deaf = {"served_before": True, "served": False}
-    records = [
-        record(1, "ours", 30, failures={"no echo in time": 2}),
-        record(1, "asyncio", 10, error="the server died"),
-        report.Record(1, "resets", "ours", 0, 1.0, {"served_before": True, "served": True}, None),
-        report.Record(1, "resets", "asyncio", 1, 1.0, deaf, None, ("Boo",)),
-    ]
+    records = [record(1, "ours", 30, failures={"no echo in time": 2}),
+               record(1, "asyncio", 10, error="the server died"),
+               report.Record(1, "resets", "ours", 0, 1.0, {"served_before": True, "served": True}, None),
+               report.Record(1, "resets", "asyncio", 1, 1.0, deaf, None, ("Boo",))]
     text = report.table(HEADER, records, "asyncio")
     assert "failed: echo64, ours: 2 x no echo in time" in text
     assert "failed: echo64, asyncio: 1 x the server died" in text
@@ -250,11 +230,7 @@ def test_the_json_holds_every_raw_round() -> None:
     loaded = json.loads(json.dumps(report.as_json(HEADER, records, "asyncio")))
     assert set(loaded) == {"schema", "header", "baseline", "rounds", "summary"}
     assert [(one["round"], one["server"]) for one in loaded["rounds"]] == [
-        (1, "ours"),
-        (1, "asyncio"),
-        (2, "ours"),
-        (2, "asyncio"),
-    ]
+        (1, "ours"), (1, "asyncio"), (2, "ours"), (2, "asyncio")]
     assert loaded["rounds"][0]["result"]["per_s"] == 10
 
 
@@ -319,17 +295,9 @@ def test_the_report_over_tls_pairs_rounds() -> None:
     assert "failed: {'OSError': 2}" in text
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--against", "nobody"],
-        ["--measures", "nothing"],
-        ["--rounds", "0"],
-        ["--variant", "x"],
-        ["--variant", "ours=--io-threads 1"],
-        ["--profile", "nobody"],
-    ],
-)
+@pytest.mark.parametrize("arguments", [["--against", "nobody"], ["--measures", "nothing"], ["--rounds", "0"],
+                                       ["--variant", "x"], ["--variant", "ours=--io-threads 1"],
+                                       ["--profile", "nobody"]])
 def test_wrong_arguments_end_with_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         command.parse(arguments)
@@ -338,17 +306,8 @@ def test_wrong_arguments_end_with_code_2(arguments: list[str], capsys: pytest.Ca
 
 
 def test_variants_of_ours_are_servers_of_their_own() -> None:
-    _, kinds, measures = command.parse(
-        [
-            "--ours=--io-threads 1",
-            "--variant",
-            "two=--io-threads 2",
-            "--against",
-            "asyncio",
-            "--measures",
-            "bulk,echo64",
-        ]
-    )
+    _, kinds, measures = command.parse(["--ours=--io-threads 1", "--variant", "two=--io-threads 2",
+                                        "--against", "asyncio", "--measures", "bulk,echo64"])
     assert [kind.name for kind in kinds] == ["ours", "two", "asyncio"]
     assert kinds[1].arguments[-2:] == ("--io-threads", "2")
     assert [measure.name for measure in measures] == ["echo64", "bulk"]
