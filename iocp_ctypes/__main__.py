@@ -14,7 +14,7 @@ from typing import Any, Final, NoReturn
 from ._options import OPTIONS, check_option
 
 #: The options of Server that a serving command takes; OPTIONS says what they allow and mean.
-SERVING: Final = ("io_threads", "work_threads", "backlog", "sendcap", "recvburst", "recv_mode")
+SERVING: Final = ("io_threads", "work_threads", "processes", "backlog", "sendcap", "recvburst", "recv_mode")
 
 #: The commands that serve over TLS where they are given a certificate.
 TLS_COMMANDS: Final = ("echo", "http", "websocket", "wsgi")
@@ -94,7 +94,7 @@ def _parser() -> _Parser:
         "wsgi", help="serve: a WSGI application, such as Flask's or Django's (needs h11)"
     )
     wsgi.add_argument("app", metavar="MODULE:APP", help="where it is, such as shop:app")
-    _add_serving(wsgi, 8000)
+    _add_serving(wsgi, 8000, processes=False)  # an application can seldom be handed to another process
     wsgi.add_argument("--log", action="store_true", help="print a line for each request")
     wsgi.add_argument(
         "--trusted",
@@ -112,7 +112,7 @@ def _parser() -> _Parser:
     return parser
 
 
-def _add_serving(command: argparse.ArgumentParser, port: int) -> None:
+def _add_serving(command: argparse.ArgumentParser, port: int, processes: bool = True) -> None:
     """Add the arguments that every command that serves takes."""
     command.add_argument(
         "--host", default="127.0.0.1", help="where to listen; '' is every interface (%(default)s)"
@@ -121,6 +121,8 @@ def _add_serving(command: argparse.ArgumentParser, port: int) -> None:
         "--port", type=_whole(0, 65535), default=port, help="0 is any that is free (%(default)s)"
     )
     for name in SERVING:
+        if name == "processes" and not processes:
+            continue
         meaning = OPTIONS[name].meaning
         command.add_argument(f"--{name.replace('_', '-')}", type=_option(name), metavar="VALUE", help=meaning)
     stats = "print the server's figures: a line every 5 seconds, all of them at the end"
@@ -138,6 +140,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     given = parser.parse_args(arguments)
     tls = _context(parser, given) if given.command in TLS_COMMANDS else None
+    if (getattr(given, "processes", None) or 1) > 1:
+        for name in ("tls_cert", "trace"):
+            if getattr(given, name) is not None:
+                parser.error(f"argument --{name.replace('_', '-')}: needs --processes 1")
     try:
         from . import (
             Server,  # noqa: F401  # off Windows its ImportError says what is missing
@@ -146,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         if given.command == "demo":
             return _commands.demo(given.clients, given.messages)
-        options = {name: value for name in SERVING if (value := getattr(given, name)) is not None}
+        options = {name: value for name in SERVING if (value := getattr(given, name, None)) is not None}
         if tls is not None:
             options["tls"] = tls
         place = (given.host, given.port)

@@ -150,7 +150,7 @@ class Acceptor:
         self.top_up()
 
     def _share_out(self) -> None:
-        share, rest = divmod(self._cap, len(self._pools))
+        share, rest = divmod(self._cap, len(self._pools) or 1)  # a worker process listens nowhere
         for number, pool in enumerate(self._pools):
             pool.share = max(1, share + (number < rest))
 

@@ -75,13 +75,21 @@ def http(
     trace: str | None = None,
 ) -> int:
     """Serve the files of a folder until Ctrl-C; the rest as `echo`. ImportError without h11."""
-    from .http import HTTPConnection, StaticFiles
+    return _serve(FileServer(address, directory, log, **_traced(options, trace)), stats, trace)
 
-    class Files(HTTPConnection):
-        routes: ClassVar[Mapping[str, Any]] = {"/": StaticFiles(directory, listing=True)}
-        access_log = staticmethod(_print_line) if log else None
 
-    return _serve(Server(address, Files, **_traced(options, trace)), stats, trace)
+class FileServer(Server):
+    """Serves the files of a folder; each process makes its own."""
+
+    def __init__(self, address: Address, directory: str, log: bool, **options: Any) -> None:
+        """Serve `directory` and print a line for each request if `log` says so. ImportError without h11."""
+        from .http import HTTPConnection, StaticFiles
+
+        class Files(HTTPConnection):
+            routes: ClassVar[Mapping[str, Any]] = {"/": StaticFiles(directory, listing=True)}
+            access_log = staticmethod(_print_line) if log else None
+
+        super().__init__(address, Files, **options)
 
 
 def websocket(address: Address, stats: bool, options: Mapping[str, Any], trace: str | None = None) -> int:

@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 from ._addresses import Address, format_address, parse_sockaddr
 from ._channel import Buffer, as_bytes
 from ._options import Settings
+from ._processes import reset
 from ._sockops import OverlappedSocket, adopt_socket
 from .connection import Connection
 
 if TYPE_CHECKING:
     from ._acceptor import Accepted
     from ._lifetime import Home
+    from ._processes import Processes
 
 log = logging.getLogger("iocp_ctypes")
 
@@ -36,6 +38,7 @@ class Handover:
     _home: Home | None
     _hosts: Any
     _lock: Any
+    _processes: Processes | None
     _settings: Settings
     _stopping: bool
 
@@ -59,25 +62,32 @@ class Handover:
         Returns:
             True: it is yours, and yours to close. False: it is served here.
 
-        On an I/O thread: do not block. Not called for pipes.
+        On an I/O thread: do not block. Not called for pipes, and not to be had with `accept_data`.
         """
         return False
 
-    def _was_taken(self, sock: Accepted, peer: Address) -> Accepted | None:
-        """Offer a connection to `take_socket`; what is still to be served."""
-        if type(self).take_socket is Handover.take_socket or not isinstance(sock, OverlappedSocket):
+    def _was_taken(self, sock: Accepted, peer: Address, first: bytes) -> Accepted | None:
+        """Offer a connection to `take_socket` and worker processes; what is still to be served."""
+        offered = type(self).take_socket is not Handover.take_socket
+        if not (offered or self._processes) or not isinstance(sock, OverlappedSocket):
             return sock
         local, raw, proactor = sock.local_raw, sock.peer_raw, sock._proactor
         plain = sock.release()
-        taken: Any = True
+        taken: Any = offered
         try:
-            taken = self.take_socket(plain, peer)
+            taken = offered and self.take_socket(plain, peer)
         except BaseException as exc:
             self._hook_failed(exc, f"take_socket raised for {format_address(peer)}, which is refused")
             plain.close()
         if taken:
             self._leave_host(peer)
             self._release("handed_over")
+            return None
+        if self._processes is not None:
+            if not self._processes.give(plain, peer, first):
+                reset(plain)
+                self._leave_host(peer)
+                self._release("refused")
             return None
         family = int(plain.family)
         back = OverlappedSocket(plain.detach(), family, proactor)
@@ -164,6 +174,15 @@ def set_options(sock: Accepted, settings: Settings) -> None:
     sock.set_nodelay(settings.nodelay)
     if settings.keepalive is not None:
         sock.set_keepalive(settings.keepalive)
+
+
+def check_taking(server: Handover, settings: Settings) -> None:
+    """Raise ValueError where bytes that came with an accept would be lost."""
+    if settings.accept_data and type(server).take_socket is not Handover.take_socket:
+        raise ValueError(
+            f"accept_data={settings.accept_data}: must be 0 where take_socket is overridden, which gets none"
+            " of them"
+        )
 
 
 def check_handler(handler: Any) -> Any:

@@ -55,6 +55,7 @@ class ServerOptions(TypedDict, total=False):
     write_buffer_max: int
     io_threads: int
     work_threads: int
+    processes: int
     nodelay: bool
     keepalive: KeepAlive
     exclusive: bool
@@ -108,6 +109,7 @@ class Settings:
     write_buffer_max: int = 16 * MIB
     io_threads: int = 0
     work_threads: int = 0
+    processes: int = 1
     nodelay: bool = True
     keepalive: KeepAlive = None
     exclusive: bool = True
@@ -251,6 +253,9 @@ OPTIONS: Final[dict[str, Option]] = {
     "io_threads": Option(_whole(0, 256), "running I/O threads; 0: sized from the processors"),
     "work_threads": Option(
         _whole(0, 256), "threads that connections are pinned to; 0: callbacks on the I/O threads"
+    ),
+    "processes": Option(
+        _whole(1, 64), "processes that serve, each with a port of its own; 1: this one alone"
     ),
     "nodelay": Option(_flag(), "TCP_NODELAY"),
     "keepalive": Option(_keepalive, "seconds, or (idle, interval) in seconds; None: off"),

@@ -10,7 +10,8 @@ Laws
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ._options import Usage
@@ -130,3 +131,51 @@ class Traffic:
     def sends(self) -> int:
         """Sends issued."""
         return self.sends_by_packet + self.sends_at_once
+
+
+#: What the figures of several processes are added up in; the other figures are their parent's.
+_COUNTS = (
+    "accepted",
+    "handler_failed",
+    "accept_failed",
+    "bytes_received",
+    "bytes_sent",
+    "receives",
+    "receives_at_once",
+    "sends",
+    "sends_at_once",
+    "reaped",
+)
+_NOW = ("write_queued", "unread", "bytes_held")
+
+
+def merged(own: Stats, others: Iterable[Stats]) -> Stats:
+    """Return a server's figures with those that its worker processes have reported."""
+    parts = [own, *others]
+    closed: Counter[str] = Counter()
+    reaped_by: Counter[str] = Counter()
+    for part in parts:
+        closed.update(part.closed)
+        reaped_by.update(part.reaped_by)
+    sums: dict[str, Any] = {name: sum(getattr(part, name) for part in parts) for name in (*_COUNTS, *_NOW)}
+    return dataclasses.replace(
+        own,
+        **sums,
+        closed=dict(closed),
+        reaped_by=dict(reaped_by),
+        sendcap=Usage(own.sendcap.cap, sum(part.sendcap.in_use for part in parts)),
+        recvburst=Usage(own.recvburst.cap, sum(part.recvburst.in_use for part in parts)),
+        work_queued=tuple(queued for part in parts for queued in part.work_queued),
+    )
+
+
+def of_the_past(stats: Stats) -> Stats:
+    """Return what is left of the figures of a process that has ended: nothing is now."""
+    nothing: dict[str, Any] = dict.fromkeys(_NOW, 0)
+    return dataclasses.replace(
+        stats,
+        **nothing,
+        sendcap=Usage(stats.sendcap.cap, 0),
+        recvburst=Usage(stats.recvburst.cap, 0),
+        work_queued=(),
+    )

@@ -14,6 +14,7 @@ from ._tlschannel import check_tls
 
 if TYPE_CHECKING:
     from ._acceptor import Acceptor
+    from ._processes import Processes
     from ._tracing import Trace
     from .connection import Connection
     from .engine import Engine
@@ -42,6 +43,7 @@ class Tunables:
     _settings: Settings
     _acceptor: Acceptor | None
     _engine: Engine | None
+    _processes: Processes | None
     _lock: Any
     _parked: Any
 
@@ -56,6 +58,11 @@ class Tunables:
         raise NotImplementedError
 
     def _change(self, name: str, value: Any) -> None:
+        if name == "tls" and self._processes is not None:
+            count = self._settings.processes
+            raise ValueError(
+                f"tls={value!r}: cannot be changed with processes={count}; no other process has it"
+            )
         with self._lock:
             self._settings = check_tls(change(self._settings, **{name: value}))
         if name == "max_connections" and self._acceptor is not None:
@@ -65,6 +72,8 @@ class Tunables:
         if name == "trace":
             self._trace.switch(value)
             self._retrace()
+        if self._processes is not None:
+            self._processes.retune(self._settings)
 
     @property
     def backlog(self) -> Usage:

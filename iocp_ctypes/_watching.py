@@ -22,6 +22,7 @@ from ._tracing import Trace
 
 if TYPE_CHECKING:
     from ._acceptor import Acceptor
+    from ._processes import Processes
     from .connection import Connection
     from .engine import Engine
     from .workers import WorkThreads
@@ -37,6 +38,7 @@ class Watched:
     _acceptor: Acceptor | None
     _engine: Engine | None
     _workers: WorkThreads | None
+    _processes: Processes | None
     _lock: threading.Lock
     _connections: dict[int, Connection]
     _parked: deque[Any]
@@ -53,7 +55,11 @@ class Watched:
     # -- figures --------------------------------------------------------------------------------------------
 
     def stats(self) -> Stats:
-        """Return the figures of this instant. RuntimeError before `start`. Any thread; does not block."""
+        """Return the figures of this instant. RuntimeError before `start`. Any thread; does not block.
+
+        With `processes`, what worker processes have moved is added as each last reported it, every half
+        second; `connections` is of this instant, and `engine` is this process's.
+        """
         acceptor, engine = self._acceptor, self._engine
         if acceptor is None or engine is None:
             raise RuntimeError("the server has not been started: there are no figures")
@@ -74,7 +80,7 @@ class Watched:
         reaped = {reason.value: closed.get(reason.value, 0) for reason in REAPED}
         reaped[CloseReason.SILENT.value] += acceptor.reaped
         backlog, last = acceptor.usage, acceptor.last_accept
-        return Stats(
+        own = Stats(
             connections=is_open,
             connections_peak=peak,
             parked=parked,
@@ -104,6 +110,7 @@ class Watched:
             work_queued=self._workers.queued() if self._workers else (),
             engine=engine.stats(),
         )
+        return own if self._processes is None else self._processes.add_to(own)
 
     # -- the trace ------------------------------------------------------------------------------------------
 

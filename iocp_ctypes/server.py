@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,11 +22,12 @@ from ._acceptor import SILENT_LOOK_MAX, Accepted, Acceptor
 from ._addresses import Address, check_addresses, format_address, parse_sockaddr
 from ._channel import Buffer, as_bytes
 from ._errors import ConnectionClosedError
-from ._handover import Handover, check_handler, set_options
+from ._handover import Handover, check_handler, check_taking, set_options
 from ._lifecycle import CloseReason
 from ._lifetime import Home
 from ._listening import address_of, bind_all, listen_on
 from ._options import ServerOptions, Settings, make_settings
+from ._processes import Processes, check_processes
 from ._tlschannel import check_tls
 from ._tunables import Tunables
 from ._watching import Watched
@@ -35,7 +36,9 @@ from .engine import Engine, enter_engine
 from .workers import WorkThreads
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    from typing_extensions import Self, Unpack
+
+    from ._workerprocess import Role
 
 Handler = type[Connection] | Callable[["Server", Address], Connection]
 
@@ -53,6 +56,15 @@ class Server(Watched, Tunables, Handover):
     Use `serve_forever()`, or `start()` and `stop()`, or a `with` block, which starts and stops it.
     Thread-safe.
     """
+
+    _role: Role | None = None  # set in a worker process, before the constructor is called
+    _made_by: tuple[tuple[Any, ...], dict[str, Any]]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Remember how the server is made: worker processes make theirs by the same call."""
+        made = super().__new__(cls)
+        made._made_by = args, kwargs
+        return made
 
     def __init__(
         self,
@@ -81,7 +93,10 @@ class Server(Watched, Tunables, Handover):
         May ask the name service for the host, and blocks while it does.
         """
         self._settings: Settings = check_tls(make_settings(options))
+        if self._role is not None:  # in a worker process, which the parent's constructor was checked for
+            self._settings = self._role.settings(self._settings)
         self._handler: Callable[[Server, Address], Any] = check_handler(handler)
+        check_taking(self, self._settings)
         if engine is not None and not isinstance(engine, Engine):
             raise TypeError(f"engine={engine!r}: must be an Engine or None")
         if engine is not None and self._settings.io_threads:
@@ -91,8 +106,12 @@ class Server(Watched, Tunables, Handover):
             )
         self._given_engine = engine
         self._engine: Engine | None = None
-        self._sockets = bind_all(check_addresses(address), self._settings)
-        self._addresses: tuple[Address | str, ...] = tuple(map(address_of, self._sockets))
+        places = [] if self._role else check_addresses(address)
+        self._processes = self._make_processes(engine, places)
+        self._sockets = bind_all(places, self._settings)
+        self._addresses: tuple[Address | str, ...] = (
+            self._role.addresses if self._role else tuple(map(address_of, self._sockets))
+        )
         self._lock = threading.Lock()
         self._gone_one = threading.Condition(self._lock)
         self._connections: dict[int, Connection] = {}
@@ -109,10 +128,26 @@ class Server(Watched, Tunables, Handover):
         self._shutdown_wanted = threading.Event()
         self._fatal: BaseException | None = None
 
+    def _make_processes(self, engine: Engine | None, places: list[Any]) -> Processes | None:
+        """Return the worker processes of the option `processes`, None where it is 1."""
+        (args, kwargs), self._made_by = self._made_by, ((), {})
+        count = self._settings.processes
+        if count == 1:
+            return None
+        if engine is not None:
+            raise ValueError(f"processes={count}: must be 1 where an engine is given: others cannot have it")
+        check_processes(self, args, kwargs, places)
+        return Processes(self, args, kwargs)
+
     # -- running --------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Begin to accept, and return at once. RuntimeError where it was started or stopped before."""
+        """Begin to accept, and return at once; with `processes`, when all of them are ready.
+
+        Raises:
+            RuntimeError: it was started or stopped before, or a worker process could not start; the message
+            says why, and none is left.
+        """
         with self._lock:
             if self._engine is not None or self._stopping:
                 raise RuntimeError("this server was started before: make another")
@@ -146,6 +181,12 @@ class Server(Watched, Tunables, Handover):
             )
         if workers:
             workers.start()
+        if self._processes:
+            try:
+                self._processes.start()
+            except BaseException:
+                self.stop(0)
+                raise
         self._retrace()
         self._acceptor.top_up()
         if settings.accept_data:
@@ -209,6 +250,8 @@ class Server(Watched, Tunables, Handover):
         for sock, _first in parked:
             sock.close()
             self._release("refused")
+        if self._processes:
+            self._processes.ask_to_stop(timeout)
         for connection in self.connections:
             connection._shutdown()
         gone = self._wait_gone(deadline)
@@ -216,7 +259,10 @@ class Server(Watched, Tunables, Handover):
             for connection in self.connections:
                 connection._abort(CloseReason.SHUTDOWN)
             gone = self._wait_gone(monotonic() + ABORT_TIMEOUT)
-        ended = self._workers.stop(ABORT_TIMEOUT) if self._workers else True
+        others_ended = not self._processes or self._processes.stop(ABORT_TIMEOUT)
+        if not gone and self._processes:
+            gone = self._wait_gone(monotonic())  # those of processes that were ended
+        ended = (self._workers.stop(ABORT_TIMEOUT) if self._workers else True) and others_ended
         if self._engine is not None:
             ended = self._engine.leave(self, ABORT_TIMEOUT) and ended
         self._stopped.set()
@@ -309,7 +355,7 @@ class Server(Watched, Tunables, Handover):
             sock.close()
             self._release("refused")
             return
-        remaining = self._was_taken(sock, peer)
+        remaining = self._was_taken(sock, peer, first)
         if remaining is None:
             return
         sock = remaining
@@ -357,7 +403,24 @@ class Server(Watched, Tunables, Handover):
             self._past.add(connection)
             if self._stopping:
                 self._gone_one.notify_all()
+        if self._role is not None:
+            self._role.gone(connection.peer_address[0])
         self._refill()
+
+    def _gone_elsewhere(self, hosts: Sequence[str], counts: Mapping[str, int]) -> None:
+        """Connections that worker processes had, or were to have, have gone. On a thread of `_processes`."""
+        with self._gone_one:
+            for host in hosts:
+                self._hosts[host] -= 1
+                if not self._hosts[host]:
+                    del self._hosts[host]
+            self._open -= len(hosts)
+            self._counts["refused"] += counts.get("refused", 0)
+            if lost := counts.get("lost", 0):
+                self._closed[CloseReason.ABORTED.value] += lost
+            self._gone_one.notify_all()
+        if self._settings.max_connections is not None and self._engine is not None and not self._stopping:
+            self._engine.dispatcher.call_soon(self._refill)
 
     def _callback_failed(self, connection: Connection, exc: BaseException) -> None:
         if not isinstance(exc, Exception):
@@ -431,12 +494,14 @@ class Server(Watched, Tunables, Handover):
 
     @property
     def connections(self) -> list[Connection]:
-        """The connections of this instant."""
+        """The connections of this instant; with `processes`, those of the process that asks."""
         with self._lock:
             return list(self._connections.values())
 
     def broadcast(self, data: Buffer, where: Callable[[Connection], bool] | None = None) -> int:
         """Send the same bytes to all connections, or to those for which `where` is true; never blocks.
+
+        To those of this process: with `processes`, call it in a callback to reach those of its worker.
 
         A peer that reads too slowly is closed with `overflow` once `write_buffer_max` bytes wait for it.
 
@@ -466,11 +531,15 @@ class Server(Watched, Tunables, Handover):
             self._acceptor.resume()
 
     def close_clients(self) -> None:
-        """Close all connections gracefully."""
+        """Close all connections gracefully, also those of worker processes."""
+        if self._processes:
+            self._processes.tell("close_clients")
         for connection in self.connections:
             connection.close()
 
     def abort_clients(self) -> None:
-        """Abort all connections."""
+        """Abort all connections, also those of worker processes."""
+        if self._processes:
+            self._processes.tell("abort_clients")
         for connection in self.connections:
             connection.abort()

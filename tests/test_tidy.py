@@ -68,6 +68,8 @@ TABLE: dict[str, int] = {
     "connection": 5,
     "_datagramchannel": 5,
     "workers": 6,
+    "_workerprocess": 6,
+    "_processes": 6,
     "_watching": 6,
     "_tunables": 6,
     "_handover": 6,

@@ -294,6 +294,11 @@ def test_take_socket_may_take_it_or_leave_it(io_threads: int) -> None:
         wait_until(lambda: server.stats().connections == 0)
 
 
+def test_take_socket_and_first_bytes_do_not_go_together() -> None:
+    with pytest.raises(ValueError, match="accept_data=5: must be 0 where take_socket is overridden"):
+        Taking(LOOPBACK, Echo, accept_data=5)
+
+
 def test_take_socket_that_raises_refuses(expects_errors: Any) -> None:
     class Raising(Server):
         def take_socket(self, sock: socket.socket, peer_address: Any) -> bool:

@@ -17,6 +17,7 @@ FIXED = {
     "accept_data",
     "io_threads",
     "work_threads",
+    "processes",
     "exclusive",
     "dualstack",
     "reject_remote",

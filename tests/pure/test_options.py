@@ -81,6 +81,7 @@ CASES = {
     "write_buffer_max": whole(16 * MIB, 1, 1 << 40),
     "io_threads": whole(0, 0, 256),
     "work_threads": whole(0, 0, 256),
+    "processes": whole(1, 1, 64),
     "nodelay": flag(True),
     "keepalive": Case(
         None,

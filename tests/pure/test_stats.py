@@ -11,7 +11,7 @@ import pytest
 
 import iocp_ctypes
 from iocp_ctypes import ConnectionStats, EngineStats, Stats, Usage, _stats
-from iocp_ctypes._stats import Traffic
+from iocp_ctypes._stats import Traffic, merged, of_the_past
 
 ENGINE: dict[str, Any] = {
     field.name: number for number, field in enumerate(dataclasses.fields(EngineStats), 1)
@@ -131,3 +131,27 @@ def test_traffic_is_a_sum() -> None:
     copy = Traffic(total)
     copy.add(Moved(100))
     assert (copy.receives, total.receives) == (777, 77)
+
+
+def test_figures_of_processes_are_added_to_their_parents() -> None:
+    parent, worker = (
+        figures(),
+        dataclasses.replace(
+            figures(), accepted=1000, bytes_sent=5000, closed={"eof": 4, "aborted": 2}, sendcap=Usage(9, 3)
+        ),
+    )
+    parent = dataclasses.replace(
+        parent, sendcap=Usage(4, 0), recvburst=Usage(1, 0), reaped_by={"idle": 1}, work_queued=()
+    )
+    worker = dataclasses.replace(worker, recvburst=Usage(1, 2), reaped_by={"idle": 2, "silent": 1})
+    total = merged(parent, [worker, of_the_past(worker)])
+    assert total.accepted == parent.accepted + 2000
+    assert total.bytes_sent == parent.bytes_sent + 10_000
+    assert total.closed == {"eof": 11, "reset": 1, "aborted": 4}
+    assert total.reaped_by == {"idle": 5, "silent": 2}
+    assert (total.sendcap, total.recvburst) == (Usage(4, 3), Usage(1, 2)), "of the past nothing is in use"
+    assert total.unread == parent.unread + worker.unread
+    assert total.work_queued == (0, 2)
+    for own in ("connections", "connections_peak", "refused", "backlog", "last_accept", "engine"):
+        assert getattr(total, own) == getattr(parent, own)
+    assert merged(parent, []) == dataclasses.replace(parent, closed=dict(parent.closed))
