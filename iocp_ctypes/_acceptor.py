@@ -21,6 +21,7 @@ from time import monotonic
 from typing import Final
 
 from ._caps import Recovery
+from ._dispatcher import Dispatcher
 from ._errors import ERROR_OPERATION_ABORTED, RESOURCE_CODES, winsock_code
 from ._options import Usage
 from ._pipeops import ListeningPipe, OverlappedPipe
@@ -73,7 +74,7 @@ class Acceptor:
         self,
         sockets: list[Listening],
         watchdog: Watchdog,
-        call_soon: Callable[[Callable[[], None]], None],
+        dispatcher: Dispatcher,
         cap: int,
         data_size: int,
         room: Callable[[], int],
@@ -85,7 +86,7 @@ class Acceptor:
         Args:
             sockets: where to listen; closed by `close`.
             watchdog: for back-offs.
-            call_soon: the dispatcher's.
+            dispatcher: whose turns those are.
             cap: AcceptEx operations to keep posted.
             data_size: 0, or the most first bytes that AcceptEx waits for.
             room: how many more connections the server takes, those being accepted included.
@@ -94,7 +95,7 @@ class Acceptor:
         """
         self._pools = [_Pool(sock) for sock in sockets]
         self._watchdog = watchdog
-        self._call_soon = call_soon
+        self._dispatcher = dispatcher
         self._cap = cap
         self._data_size = data_size
         self._room = room
@@ -109,6 +110,7 @@ class Acceptor:
         self._short: Recovery | None = None  # while the cap is less than was assigned
         self._failures_in_row = 0
         self._turn_due = False
+        self._round = dispatcher.round
         self._retired_in_row = self._begun_in_row = 0  # since what the others brought had its turn
         self._packets: deque[tuple[AcceptOperation, int]] = deque()  # that wait to be retired
         self._arrived: deque[tuple[Accepted, bytes]] = deque()  # that wait to begin
@@ -230,25 +232,40 @@ class Acceptor:
         """Retire an AcceptEx, or let it wait for its turn. On an I/O thread."""
         assert isinstance(operation, AcceptOperation)
         with self._lock:
-            due, self._turn_due = self._turn_due, True
+            if self._round != self._dispatcher.round:
+                self._new_row(0, 0)
             self._retired_in_row += 1
-            waits = self._retired_in_row > RETIRED_IN_ROW
+            waits = bool(self._packets) or self._retired_in_row > RETIRED_IN_ROW
             if waits:
                 self._packets.append((operation, transferred))
-        if not due:
-            self._call_soon(self._turn)
+                self._arrange_turn()
         if not waits:
             self._take(operation, transferred, status)
 
+    def _new_row(self, retired: int, begun: int) -> None:
+        """What the others brought has had its turn. Needs the lock."""
+        assert self._lock.locked()
+        self._round = self._dispatcher.round
+        self._retired_in_row, self._begun_in_row = retired, begun
+
+    def _arrange_turn(self) -> None:
+        """See to it that who waits has a turn, behind the packets that the port has. Needs the lock."""
+        assert self._lock.locked()
+        if not self._turn_due:
+            self._turn_due = True
+            self._dispatcher.call_soon(self._turn)
+
     def _turn(self) -> None:
-        """What the others brought has had its turn: take some of those that wait. On an I/O thread."""
+        """Take some of those that wait. On an I/O thread."""
         with self._lock:
-            arrived = [self._arrived.popleft() for _ in range(min(BEGUN_IN_ROW, len(self._arrived)))]
+            alone = self._round == self._dispatcher.round  # the others brought nothing meanwhile
+            most = RETIRED_IN_ROW if alone else BEGUN_IN_ROW
+            arrived = [self._arrived.popleft() for _ in range(min(most, len(self._arrived)))]
             packets = [self._packets.popleft() for _ in range(min(RETIRED_IN_ROW, len(self._packets)))]
-            self._begun_in_row, self._retired_in_row = len(arrived), len(packets)
-            self._turn_due = bool(arrived or packets)
-        if arrived or packets:
-            self._call_soon(self._turn)
+            self._new_row(len(packets), len(arrived))
+            self._turn_due = False
+            if self._arrived or self._packets:
+                self._arrange_turn()
         for accepted, first in arrived:
             self._accepted(accepted, first)
         if arrived and self._in_use < self._cap:
@@ -279,6 +296,7 @@ class Acceptor:
             waits = bool(self._arrived) or self._begun_in_row > BEGUN_IN_ROW
             if waits:
                 self._arrived.append((accepted, first))
+                self._arrange_turn()
         pool.listening.give(operation)
         self.top_up()
         if not waits:

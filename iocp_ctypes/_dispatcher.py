@@ -105,6 +105,8 @@ class Dispatcher:
         self._past_packets = 0
         self._past_turns = 0
         self.handoffs = 0
+        #: Changes whenever packets were taken off the port; no count, as threads may write it at once.
+        self.round = 0
 
     # -- any thread -----------------------------------------------------------------------------------------
 
@@ -257,6 +259,7 @@ class Dispatcher:
                 count += reaped
             me.busy = True
             if count:
+                self.round += 1
                 me.reaps += 1
                 me.packets += count
                 if count > 1 and self._running_max > 1 and len(self._serving) > 1:

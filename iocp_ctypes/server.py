@@ -172,7 +172,7 @@ class Server(Watched, Tunables, Handover):
             self._acceptor = Acceptor(
                 listening,
                 engine.watchdog,
-                engine.dispatcher.call_soon,
+                engine.dispatcher,
                 settings.backlog,
                 settings.accept_data,
                 self._room,

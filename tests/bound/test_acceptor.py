@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import logging
 import select
 import socket
@@ -119,11 +120,13 @@ class Bench:
         self.most = most
         self.accepted: list[bytes] = []
         self.calls: list[Callable[[], None]] = []
-        self.patient = False  # calls wait for the test to make them
+        self.patient = False  # calls wait for the test to make them, and all that comes is of one round
+        self.came = 0
+        self._rounds = itertools.count()
         self.pool = Acceptor(
             self.sockets,  # type: ignore[arg-type]
             self,  # type: ignore[arg-type]  # it is the watchdog, too
-            lambda call: self.calls.append(call) if self.patient else call(),
+            self,  # type: ignore[arg-type]  # and the dispatcher
             cap,
             data_size,
             lambda: self.most - self.open,
@@ -131,6 +134,13 @@ class Bench:
             lambda _sock, first: self.accepted.append(first),
         )
         self.pool.top_up()
+
+    @property
+    def round(self) -> int:
+        return self.came if self.patient else next(self._rounds)
+
+    def call_soon(self, call: Callable[[], None]) -> None:
+        self.calls.append(call)
 
     def later(self, seconds: float, action: Callable[[], None]) -> None:
         self.due.append((seconds, action))
@@ -185,8 +195,12 @@ def test_each_accept_is_replaced_before_it_is_handed_over() -> None:
     assert bench.pool.failed == 0
 
 
-def test_after_a_few_in_a_row_the_others_have_their_turn() -> None:
-    """More are retired in a turn than begin, and all begin in the order in which they came."""
+@pytest.mark.parametrize("alone", [False, True])
+def test_after_a_few_in_a_row_the_others_have_their_turn(alone: bool) -> None:
+    """More are retired in a turn than begin, and all begin in the order in which they came.
+
+    Where the port has brought nothing since, nobody else waits, and more begin.
+    """
     bench = Bench(cap=30)
     bench.patient = True
     for size in range(30):
@@ -195,14 +209,29 @@ def test_after_a_few_in_a_row_the_others_have_their_turn() -> None:
     assert (bench.pool.usage.in_use, bench.open) == (30, RETIRED_IN_ROW)
     turns = []
     while bench.calls:
+        assert len(bench.calls) == 1
+        bench.came += not alone
         bench.calls.pop(0)()
         turns.append((len(bench.accepted), bench.open))
-    expected = [min(30, BEGUN_IN_ROW * turn) for turn in range(2, len(turns) + 2)]
-    assert [begun for begun, _taken in turns] == expected
+    step = RETIRED_IN_ROW if alone else BEGUN_IN_ROW
+    begun = [len_ for len_, _taken in turns]
     assert [taken for _begun, taken in turns[:3]] == [16, 24, 30]
+    assert begun[0] <= BEGUN_IN_ROW + step
+    assert all(after - before <= step for before, after in itertools.pairwise(begun))
     assert [len(first) for first in bench.accepted] == [*range(30)]
+    bench.came += 1
     bench.listening.complete()
     assert len(bench.accepted) == 31
+
+
+def test_who_comes_alone_begins_at_once() -> None:
+    bench = Bench(cap=3)
+    bench.patient = True
+    for number in range(1, 10):
+        bench.came += 1
+        bench.listening.complete()
+        assert len(bench.accepted) == number
+    assert bench.calls == []
 
 
 def test_as_many_as_may_wait_are_taken_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,10 +258,10 @@ def test_what_waits_when_the_pool_closes_is_discarded() -> None:
     bench.patient = True
     socks = [bench.listening.complete() for _ in range(30)]
     bench.pool.close()
-    while bench.calls:
-        bench.calls.pop(0)()
     while bench.listening.posted:
         bench.listening.complete(CANCELLED)
+    while bench.calls:
+        bench.calls.pop(0)()
     assert bench.pool.usage.in_use == 0
     assert sum(sock.closed for sock in socks) == 30 - RETIRED_IN_ROW  # the others are the server's
     assert len(bench.accepted) == RETIRED_IN_ROW
