@@ -272,6 +272,13 @@ class Outgoing(Options):
             return dropped == self.dropped and self._fate is None
         frame = shared.frame(deflate, self._window_bits)
         with self._lock:
+            if self._state == OPEN and not (
+                self._full or self._fate or self._stream_kind is not None or self._batch is not None
+            ):
+                # The hot path, as in `send`.
+                if not self.connection.send(frame):
+                    self._note_full()
+                return True
             dropped = self.dropped
             self._put(frame, droppable=True)
             return dropped == self.dropped and self._fate is None

@@ -83,7 +83,7 @@ def main() -> None:
     records = Records()
     logging.getLogger("iocp_ctypes").addHandler(records)
     options = {"high_mark": 64 * 1024, "backlog": 64, **json.loads(sys.argv[1])}
-    Guest.ping_interval = Guest.ping_timeout = options.pop("ping", 20.0)
+    Guest.ping_interval = Guest.ping_timeout = options.pop("ping", 60.0)
     server = WebSocketServer(("127.0.0.1", 0), Guest, **options)
     server.start()
     print(json.dumps({"address": list(server.address)}), flush=True)
