@@ -9,6 +9,7 @@ Laws
 4. The cap is the server's; each listening socket has its share of it, at least one.
 5. Accepting is not greedy: after a few AcceptEx in a row what the others brought has its turn. More are
    retired and replaced than connections begin, for the kernel's queue is short: those wait in `_arrived`.
+   Who puts something there, or into `_packets`, sees to it that a turn is due.
 """
 
 from __future__ import annotations
@@ -108,7 +109,8 @@ class Acceptor:
         self._retry_delay = RETRY_FIRST
         self._short: Recovery | None = None  # while the cap is less than was assigned
         self._failures_in_row = 0
-        self._turn_due = False
+        self._turn_due = False  # true exactly while a call of `_turn` is to come, or at work
+        self._held_up = False  # too many have arrived for an AcceptEx to be replaced
         self._retired_in_row = self._begun_in_row = 0  # since what the others brought had its turn
         self._packets: deque[tuple[AcceptOperation, int]] = deque()  # that wait to be retired
         self._arrived: deque[tuple[Accepted, bytes]] = deque()  # that wait to begin
@@ -157,7 +159,8 @@ class Acceptor:
     def top_up(self) -> None:
         """Post what is missing."""
         with self._lock:
-            if self._paused or self._closing or len(self._arrived) >= ARRIVED_MAX:
+            self._held_up = len(self._arrived) >= ARRIVED_MAX
+            if self._paused or self._closing or self._held_up:
                 return
             # One for each address in turn, so that a small room is not all taken by the first; and one for
             # each in any case, so that none is deaf: the server lets wait whom that brings above its cap.
@@ -243,18 +246,22 @@ class Acceptor:
     def _turn(self) -> None:
         """What the others brought has had its turn: take some of those that wait. On an I/O thread."""
         with self._lock:
-            arrived = [self._arrived.popleft() for _ in range(min(BEGUN_IN_ROW, len(self._arrived)))]
             packets = [self._packets.popleft() for _ in range(min(RETIRED_IN_ROW, len(self._packets)))]
-            self._begun_in_row, self._retired_in_row = len(arrived), len(packets)
-            self._turn_due = bool(arrived or packets)
-        if arrived or packets:
-            self._call_soon(self._turn)
-        for accepted, first in arrived:
-            self._accepted(accepted, first)
-        if arrived and self._in_use < self._cap:
-            self.top_up()  # who waited has kept AcceptEx from being replaced
+            self._retired_in_row = len(packets)
+            self._begun_in_row = BEGUN_IN_ROW  # all these are replaced before a callback takes its time
         for operation, transferred in packets:
             self._take(operation, transferred, operation.Internal)
+        with self._lock:
+            begin = [self._arrived.popleft() for _ in range(min(BEGUN_IN_ROW, len(self._arrived)))]
+            self._begun_in_row = len(begin)
+            again = self._turn_due = bool(packets or begin or self._packets)
+            held_up = self._held_up
+        if again:
+            self._call_soon(self._turn)
+        if held_up:
+            self.top_up()
+        for accepted, first in begin:
+            self._accepted(accepted, first)
 
     def _take(self, operation: AcceptOperation, transferred: int, status: int) -> None:
         """Take what an AcceptEx brought, and replace it. On an I/O thread."""
@@ -279,10 +286,13 @@ class Acceptor:
             waits = bool(self._arrived) or self._begun_in_row > BEGUN_IN_ROW
             if waits:
                 self._arrived.append((accepted, first))
+            due, self._turn_due = self._turn_due, self._turn_due or waits  # another thread may have had it
         pool.listening.give(operation)
         self.top_up()
         if not waits:
             self._accepted(accepted, first)
+        elif not due:
+            self._call_soon(self._turn)
 
     def _uncount(self, pool: _Pool, operation: AcceptOperation) -> None:
         """An AcceptEx has left the kernel. Needs the lock."""
