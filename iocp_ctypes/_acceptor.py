@@ -9,6 +9,7 @@ Laws
 4. The cap is the server's; each listening socket has its share of it, at least one.
 5. Accepting is not greedy: after a few AcceptEx in a row what the others brought has its turn. More are
    retired and replaced than connections begin, for the kernel's queue is short: those wait in `_arrived`.
+   Who puts something there, or into `_packets`, sees to it that a turn is due.
 """
 
 from __future__ import annotations
@@ -109,7 +110,8 @@ class Acceptor:
         self._retry_delay = RETRY_FIRST
         self._short: Recovery | None = None  # while the cap is less than was assigned
         self._failures_in_row = 0
-        self._turn_due = False
+        self._turn_due = False  # true exactly while a call of `_turn` is to come, or takes what waits
+        self._held_up = False  # too many have arrived for an AcceptEx to be replaced
         self._round = dispatcher.round
         self._retired_in_row = self._begun_in_row = 0  # since what the others brought had its turn
         self._packets: deque[tuple[AcceptOperation, int]] = deque()  # that wait to be retired
@@ -159,7 +161,8 @@ class Acceptor:
     def top_up(self) -> None:
         """Post what is missing."""
         with self._lock:
-            if self._paused or self._closing or len(self._arrived) >= ARRIVED_MAX:
+            self._held_up = len(self._arrived) >= ARRIVED_MAX
+            if self._paused or self._closing or self._held_up:
                 return
             # One for each address in turn, so that a small room is not all taken by the first; and one for
             # each in any case, so that none is deaf: the server lets wait whom that brings above its cap.
@@ -259,19 +262,23 @@ class Acceptor:
         """Take some of those that wait. On an I/O thread."""
         with self._lock:
             alone = self._round == self._dispatcher.round  # the others brought nothing meanwhile
-            most = RETIRED_IN_ROW if alone else BEGUN_IN_ROW
-            arrived = [self._arrived.popleft() for _ in range(min(most, len(self._arrived)))]
             packets = [self._packets.popleft() for _ in range(min(RETIRED_IN_ROW, len(self._packets)))]
-            self._new_row(len(packets), len(arrived))
-            self._turn_due = False
-            if self._arrived or self._packets:
-                self._arrange_turn()
-        for accepted, first in arrived:
-            self._accepted(accepted, first)
-        if arrived and self._in_use < self._cap:
-            self.top_up()  # who waited has kept AcceptEx from being replaced
+            # Whom these bring waits: all are replaced before a callback takes its time.
+            self._new_row(len(packets), BEGUN_IN_ROW)
         for operation, transferred in packets:
             self._take(operation, transferred, operation.Internal)
+        with self._lock:
+            self._turn_due = False
+        for _ in range(RETIRED_IN_ROW if alone else BEGUN_IN_ROW):
+            with self._lock:
+                waiting = self._arrived.popleft() if self._arrived else None
+                if self._arrived or self._packets:  # the next does not wait for the callbacks of this one
+                    self._arrange_turn()
+            if self._held_up:
+                self.top_up()
+            if waiting is None:
+                break
+            self._accepted(*waiting)
 
     def _take(self, operation: AcceptOperation, transferred: int, status: int) -> None:
         """Take what an AcceptEx brought, and replace it. On an I/O thread."""

@@ -83,6 +83,7 @@ class Channel(Lifetime):
 
     def _open(self, first: bytes) -> None:
         """Begin, and leave the strand, which `_attach` entered."""
+        self._strand.go_on()
         try:
             self._begin(first)
         finally:
@@ -113,10 +114,9 @@ class Channel(Lifetime):
             self._reading = DELIVERING
             self._received_rarely(operation, status)
             return
-        # Copied first: while _reading is POSTED nobody joins, and so nobody else gets this operation's
-        # buffer.
+        # POSTED until the strand is ours: so long nobody joins, who would get this operation's buffer, and
+        # nobody detaches, who would miss these bytes.
         data = operation.buffer[:transferred]
-        self._reading = DELIVERING
         if self._state == life.OPEN:  # else it is dropped, and no progress: who waits is waiting for a send
             self.bytes_received += transferred
             now = monotonic()
@@ -131,6 +131,7 @@ class Channel(Lifetime):
         if self._home.executor is not None or not strand.enter():
             self._deliver_later(data)
             return
+        self._reading = DELIVERING
         if self._state != life.OPEN or self._detour:  # looked at on the strand: on_close may have been here
             self._deliver(data)
             strand.leave()
@@ -152,6 +153,7 @@ class Channel(Lifetime):
     def _deliver_later(self, data: bytes) -> None:
         """Have bytes delivered by the strand; until then they are in the stash, where `detach` finds them."""
         with self._lock:
+            self._reading = DELIVERING
             if self._state != life.OPEN or self._tls is not None:
                 self._strand.post(self._deliver, data)
                 return

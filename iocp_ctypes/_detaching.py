@@ -49,8 +49,8 @@ class Detaching(TLSChannel):
 
         Waits until what was sent is out, and the receive in flight has been called back. In on_connect,
         on_data and on_eof, with nothing unsent, there is nothing to wait for. Bytes that came meanwhile are
-        in `unread`; on_close(None) follows, with close_reason "detached". Called from a thread that runs no
-        callbacks, it waits for an on_data that is running.
+        in `unread`; on_close(None) follows, with close_reason "detached". Called from anywhere else, other
+        connections' callbacks included, it waits for an on_data that is running.
 
         Args:
             timeout: seconds; None: without end.
@@ -103,8 +103,10 @@ class Detaching(TLSChannel):
                 else:
                     self._burst_cancel(self._burst, kept=0)
                 return None
-            if self._reading == DELIVERING and not in_callback:
-                return None
+            if self._reading == DELIVERING and not (
+                in_callback and self._opened and not self._strand.runs_elsewhere()
+            ):
+                return None  # what is being delivered is neither in the stash nor taken in
             taken: socket.socket = self._socket.release()
             self._reason = CloseReason.DETACHED
             stash = self._not_delivered()

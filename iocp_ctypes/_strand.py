@@ -9,6 +9,7 @@ Laws
    keep a thread to itself.
 5. `execute` has at most one callable of a strand: it is handed over with the token. What posts itself again
    for ever therefore neither fills the executor's queue nor crowds out other strands.
+6. `_runner` is the thread that has the token, 0 while the token is handed over, and old where nobody has it.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
+from threading import get_ident
 from typing import Any
 
 
 class Strand:
     """The running flag and the queue."""
 
-    __slots__ = ("_execute", "_tasks", "_token")
+    __slots__ = ("_execute", "_runner", "_tasks", "_token")
 
     def __init__(self, execute: Callable[[Callable[[], None]], None]) -> None:
         """Make a strand; `execute` runs a callable soon on a thread where this strand's tasks belong."""
@@ -34,6 +36,7 @@ class Strand:
             None  # made when first needed
         )
         self._execute = execute
+        self._runner = 0
 
     def enter(self) -> bool:
         """Become the runner without waiting.
@@ -43,9 +46,19 @@ class Strand:
         if self._tasks:
             return False
         try:
-            return self._token.pop()
+            self._token.pop()
         except IndexError:
             return False
+        self._runner = get_ident()
+        return True
+
+    def go_on(self) -> None:
+        """Be the runner in place of the thread that entered, which has asked for this and runs nothing."""
+        self._runner = get_ident()
+
+    def runs_elsewhere(self) -> bool:
+        """Whether another thread is the runner at this instant; false while tasks only wait for one."""
+        return not self._token and self._runner not in (0, get_ident())
 
     def _take(self) -> bool:
         try:
@@ -59,6 +72,11 @@ class Strand:
             self._token.append(True)
             if not self._tasks or not self._take():
                 return
+        self._hand_over()
+
+    def _hand_over(self) -> None:
+        """Have the tasks run by a thread that gets the token with the call."""
+        self._runner = 0
         self._execute(self._drain)
 
     def post(self, function: Callable[..., object], *args: Any) -> None:
@@ -68,7 +86,7 @@ class Strand:
         assert self._tasks is not None
         self._tasks.append((function, args))
         if self._take():
-            self._execute(self._drain)
+            self._hand_over()
 
     def _make_queue(self) -> None:
         with _making:  # two posts at once must not make two queues
@@ -77,6 +95,7 @@ class Strand:
 
     def _drain(self) -> None:
         """Run what is queued now, with the token that came with the call."""
+        self._runner = get_ident()
         tasks = self._tasks
         assert tasks is not None
         try:

@@ -80,13 +80,20 @@ class ErrorLog:
 class Environs:
     """Makes the environs of one server."""
 
-    def __init__(self, trusted: Iterable[str] = (), script_name: str = "", software: str = "") -> None:
+    def __init__(
+        self,
+        trusted: Iterable[str] = (),
+        script_name: str = "",
+        software: str = "",
+        several: bool = False,
+    ) -> None:
         """Take what a server was given.
 
         Args:
             trusted: networks of proxies whose X-Forwarded fields count, such as "10.0.0.0/8" or "::1".
             script_name: the path below which the application is, such as "/shop"; "": the root.
             software: SERVER_SOFTWARE.
+            several: whether other processes call the application at the same time.
 
         Raises:
             TypeError, ValueError: one of them is wrong.
@@ -102,7 +109,7 @@ class Environs:
             "SERVER_SOFTWARE": software,
             "wsgi.version": (1, 0),
             "wsgi.multithread": True,
-            "wsgi.multiprocess": False,
+            "wsgi.multiprocess": several,
             "wsgi.run_once": False,
             "wsgi.input_terminated": True,
         }

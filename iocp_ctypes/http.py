@@ -302,11 +302,11 @@ class HTTPConnection(Answers):
                 self._respond(request, response, False)
                 if self._file is not None:
                     self._pump()
-        except ConnectionClosedError:
-            raise
         except Exception as exc:
             if self._answer != NOTHING:
                 raise  # the connection is aborted: a part must not be taken for the whole
+            if isinstance(exc, ConnectionClosedError) and (self.closing or self.closed):
+                raise  # it was this one, and is nobody's mistake
             self.server.handle_error(self, exc)
             self._respond(request, problem(500), False, True)
         return self._answer == NOTHING or (self._answer == STARTED and self._file is None)

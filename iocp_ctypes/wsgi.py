@@ -470,7 +470,8 @@ class WSGIServer(Server):
         if options.setdefault("work_threads", WORK_THREADS) == 0:
             raise ValueError("work_threads=0: an application blocks, and needs 1 or more")
         self.app = app
-        self.environs = Environs(trusted, script_name, handler.server_name)
+        several = options.get("processes", 1) != 1
+        self.environs = Environs(trusted, script_name, handler.server_name, several)
         super().__init__(address, handler, engine=engine, **options)
 
 

@@ -253,6 +253,59 @@ def test_as_many_as_may_wait_are_taken_and_no_more(monkeypatch: pytest.MonkeyPat
     assert len(bench.accepted) == 8
 
 
+def test_none_of_several_sockets_stays_deaf_when_there_is_room_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has one AcceptEx, which may be more than the cap says."""
+    monkeypatch.setattr(_acceptor, "ARRIVED_MAX", 1)
+    bench = Bench(cap=1, sockets=2)
+    bench.patient = True
+    bench.listening.complete()
+    bench.listening.complete()
+    assert bench.levels == [0, 1]
+    while bench.calls:
+        bench.calls.pop(0)()
+    assert bench.levels == [1, 1]
+    assert len(bench.accepted) == 2
+
+
+def test_what_arrives_after_its_turn_was_taken_begins_all_the_same() -> None:
+    """Another thread may take the turn that was asked for, and find nothing, before an accept is finished."""
+    bench = Bench(cap=4)
+    bench.patient = True
+    others = [bench.listening.complete]
+
+    def other_threads() -> None:
+        while bench.calls:
+            bench.calls.pop(0)()
+        if others:
+            others.pop()()
+
+    bench.listening.at_finish = other_threads
+    bench.listening.complete()
+    assert len(bench.accepted) == 1
+    while bench.calls:
+        bench.calls.pop(0)()
+    assert len(bench.accepted) == 2
+
+
+@pytest.mark.parametrize("status", [0, RESET])
+def test_all_that_a_turn_takes_is_replaced_before_a_callback_runs(status: int) -> None:
+    """A callback may take its time: only its own connection waits for it."""
+    bench = Bench(cap=30)
+    bench.patient = True
+    for _ in range(RETIRED_IN_ROW):
+        bench.listening.complete(status)
+    for _ in range(5):
+        bench.listening.complete()
+    seen = []
+    bench.pool._accepted = lambda _sock, _first: seen.append(
+        (bench.open, bench.pool.usage.in_use, len(bench.calls))
+    )
+    expected = 5 if status else RETIRED_IN_ROW + 5
+    bench.came += 1  # else nobody waits for a turn, and more begin
+    bench.calls.pop(0)()
+    assert seen == [(expected, 30, 1)]
+
+
 def test_what_waits_when_the_pool_closes_is_discarded() -> None:
     bench = Bench(cap=30)
     bench.patient = True

@@ -165,6 +165,102 @@ def test_in_another_callback_while_a_receive_is_posted(io_threads: int) -> None:
             assert read_exactly(client, 10) == b"on with it"
 
 
+class Slow(Recorder):
+    """Its bytes are on their way until somebody has looked whether its socket can be taken."""
+
+    def __init__(self, server: Any = None, peer_address: Any = None) -> None:
+        super().__init__(server, peer_address)
+        self.on_the_way, self.looked = threading.Event(), threading.Event()
+        self.taken_in = b""
+        self.task: Any = None
+
+    def got(self, data: bytes) -> None:
+        if self.task is not None:
+            self.task()
+            return
+        self.on_the_way.set()
+        assert self.looked.wait(PATIENCE)
+        self.taken_in += data
+
+    def _deliver_later(self, data: bytes) -> None:
+        self.on_the_way.set()
+        if threading.current_thread().name.startswith("iocp_ctypes I/O") and self._home.executor is None:
+            assert self.looked.wait(PATIENCE)
+        super()._deliver_later(data)
+
+    def _try_to_let_go(self, in_callback: bool) -> socket.socket | None:
+        taken = super()._try_to_let_go(in_callback)
+        self.looked.set()
+        return taken
+
+
+def test_in_a_callback_amid_a_delivery_nothing_is_lost(io_threads: int) -> None:
+    """Another I/O thread has the bytes in hand, which are not in the stash yet."""
+    with (
+        serving(Slow, io_threads=io_threads, recv_mode="flow") as server,
+        raw(server.address) as client,
+    ):
+        (connection,) = made(Slow)
+        connection.until("connect")
+
+        def give() -> None:
+            client.sendall(b"hello")
+            assert connection.on_the_way.wait(PATIENCE)
+            connection.sock = connection.detach()
+
+        connection.call_soon(give)
+        with check_given(connection):
+            assert connection.received + connection.unread == b"hello"
+
+
+def test_in_another_connections_callback_it_waits_for_on_data(io_threads: int) -> None:
+    with (
+        serving(Slow, io_threads=io_threads, recv_mode="flow") as server,
+        raw(server.address) as client,
+        raw(server.address) as other,
+    ):
+        one, two = sorted(made(Slow, 2), key=lambda each: each.peer_address != client.getsockname())
+        one.until("connect")
+        two.until("connect")
+        seen: list[bytes] = []
+
+        def take() -> None:
+            one.sock = one.detach()
+            seen.append(one.taken_in)
+
+        two.task = take
+        client.sendall(b"hello")
+        assert one.on_the_way.wait(PATIENCE)
+        other.sendall(b"take it")
+        with check_given(one):
+            wait_until(lambda: seen)
+            assert seen == [b"hello"]
+            assert one.unread == b""
+
+
+def test_in_another_connections_callback_on_the_same_work_thread() -> None:
+    """What waits behind that callback is unread: on_data could not get it meanwhile."""
+    with (
+        serving(Slow, work_threads=1, recv_mode="flow") as server,
+        raw(server.address) as client,
+        raw(server.address) as other,
+    ):
+        one, two = sorted(made(Slow, 2), key=lambda each: each.peer_address != client.getsockname())
+        one.until("connect")
+        two.until("connect")
+
+        def take() -> None:
+            client.sendall(b"hello")
+            wait_until(lambda: one.unread)
+            one.sock = one.detach()
+
+        two.task = take
+        other.sendall(b"take it")
+        with check_given(one):
+            assert one.unread == b"hello"
+            assert one.received == b""
+
+
 def test_a_stream_of_bytes_is_not_torn(io_threads: int) -> None:
     """Whatever the moment: what on_data got, what is unread and what is in the socket make the whole."""
     sent = random.Random(8).randbytes(4 * MIB)

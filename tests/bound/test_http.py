@@ -14,7 +14,7 @@ from smuggling import GOOD, REFUSED, VIA_BODY
 from support import PATIENCE, raw, rst, serving, wait_until
 from web import Client
 
-from iocp_ctypes import Connection, access
+from iocp_ctypes import Connection, ConnectionClosedError, access
 from iocp_ctypes import http as module
 from iocp_ctypes.http import HTTPConnection, Limits, Metrics, Request, Response, problem
 
@@ -328,6 +328,20 @@ def test_an_application_that_raises(expects_errors: list[logging.LogRecord]) -> 
         ZeroDivisionError,
         ValueError,
     ]
+
+
+def test_another_connection_that_is_closed_is_an_error_like_any(
+    expects_errors: list[logging.LogRecord],
+) -> None:
+    """Only of this connection is it what happens when a peer goes."""
+
+    class Asks(HTTPConnection):
+        def on_request(self, request: Request) -> None:
+            raise ConnectionClosedError("the data base has gone")
+
+    with serving(Asks) as server, Client(server.address) as client:
+        assert client.ask().status == 500
+    assert len(expects_errors) == 1
 
 
 def test_an_application_that_raises_amid_its_answer(expects_errors: list[logging.LogRecord]) -> None:

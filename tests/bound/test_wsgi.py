@@ -833,6 +833,19 @@ def test_bad_arguments(arguments: dict[str, Any], told: str) -> None:
         WSGIServer(LOOPBACK, **{"app": answering([]), **arguments})
 
 
+def at_top_level(environ: Any, start_response: Any) -> Any:
+    raise NotImplementedError
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_application_knows_whether_others_call_it_in_other_processes(processes: int) -> None:
+    server = WSGIServer(LOOPBACK, at_top_level, processes=processes)
+    server.server_close()
+    request = Request("GET", "/", [], client=("127.0.0.1", 1))
+    environ = server.environs.make(request, ("127.0.0.1", 2), False, io.BytesIO(), 0)
+    assert environ["wsgi.multiprocess"] is (processes > 1)
+
+
 def test_serve_is_the_server_until_it_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Server] = []
 

@@ -196,6 +196,35 @@ def test_a_task_that_raises_leaves_the_strand_usable(later: Later) -> None:
     assert strand.enter() is True
 
 
+def test_who_is_the_runner(later: Later) -> None:
+    strand = Strand(later)
+    seen: list[bool] = []
+
+    def look() -> None:
+        thread = threading.Thread(target=lambda: seen.append(strand.runs_elsewhere()))
+        thread.start()
+        thread.join()
+        seen.append(strand.runs_elsewhere())
+
+    look()
+    assert seen == [False, False], "nobody runs"
+    strand.enter()
+    look()
+    assert seen[2:] == [True, False]
+    strand.post(look)
+    strand.leave()
+    look()
+    assert seen[4:] == [False, False], "handed over, and nobody runs yet"
+    later.run_all()
+    assert seen[6:] == [True, False]
+    thread = threading.Thread(target=strand.enter)
+    thread.start()
+    thread.join()
+    assert strand.runs_elsewhere()
+    strand.go_on()
+    assert not strand.runs_elsewhere()
+
+
 # -- hammering ----------------------------------------------------------------------------------------------
 
 

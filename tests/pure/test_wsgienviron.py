@@ -47,6 +47,7 @@ def test_what_a_request_says() -> None:
         False,
         False,
     )
+    assert environ_of(environs=Environs(several=True))["wsgi.multiprocess"] is True
     assert environ["wsgi.version"] == (1, 0)
     assert environ["wsgi.url_scheme"] == "http"
     assert environ_of(secure=True)["wsgi.url_scheme"] == "https"
