@@ -53,7 +53,7 @@ class Strand:
         return True
 
     def go_on(self) -> None:
-        """Be the runner in place of the thread that entered. That one has asked for this, and runs nothing."""
+        """Be the runner in place of the thread that entered, which has asked for this and runs nothing."""
         self._runner = get_ident()
 
     def runs_elsewhere(self) -> bool:
