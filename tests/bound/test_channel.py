@@ -310,6 +310,7 @@ def test_a_reset_is_told_once_and_as_such(options: dict[str, Any]) -> None:
             client.sendall(bytes(size))
             connection = made(Recorder)[-1]
             wait_until(lambda seen=connection, wanted=size: len(seen.received) == wanted)
+            connection.until("connect")  # it is listed before it has its socket
             wait_until(lambda seen=connection: seen._reading == _lifetime.POSTED)  # later it may see EOF
             rst(client)
             assert isinstance(connection.until("close").value, ConnectionResetError)
