@@ -107,6 +107,7 @@ class Acceptor:
         self._paused = False
         self._closing = False
         self._retrying = False
+        self._to_tell: tuple[int, float] | None = None  # a failure that the log is to have
         self._retry_delay = RETRY_FIRST
         self._short: Recovery | None = None  # while the cap is less than was assigned
         self._failures_in_row = 0
@@ -171,6 +172,9 @@ class Acceptor:
                 wanting = [pool for pool in pools if len(pool.operations) < pool.share]
                 pools = [pool for pool in wanting if self._in_use < room or not pool.operations]
                 pools = [pool for pool in pools if self._post(pool)]
+            told, self._to_tell = self._to_tell, None
+        if told is not None:  # not under the lock: who handles the record may ask for our figures
+            log.warning("an AcceptEx could not be posted (error %d): trying again in %.2f s", *told)
 
     def _post(self, pool: _Pool) -> bool:
         """Post one AcceptEx; False where it failed and a retry was arranged. Needs the lock."""
@@ -182,9 +186,7 @@ class Acceptor:
             return True
         self.unreplaced += 1
         if self._retry_delay == RETRY_FIRST:  # once for each time it begins
-            log.warning(
-                "an AcceptEx could not be posted (error %d): trying again in %.2f s", code, self._retry_delay
-            )
+            self._to_tell = code, self._retry_delay
         self._retry_later(code)
         return False
 

@@ -74,14 +74,16 @@ class Handover:
         local, raw, proactor = sock.local_raw, sock.peer_raw, sock._proactor
         plain = sock.release()
         taken: Any = offered
+        counted = "handed_over"
         try:
             taken = offered and self.take_socket(plain, peer)
         except BaseException as exc:
             self._hook_failed(exc, f"take_socket raised for {format_address(peer)}, which is refused")
             plain.close()
+            counted = "refused"
         if taken:
             self._leave_host(peer)
-            self._release("handed_over")
+            self._release(counted)
             return None
         if self._processes is not None:
             if not self._processes.give(plain, peer, first):

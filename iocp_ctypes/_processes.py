@@ -318,11 +318,12 @@ class Processes:
                 if thread.ident is not None:
                     thread.join(min(LOOK_INTERVAL, max(0.0, deadline - monotonic())))
         with self._lock:
-            for worker in self._workers:
-                if worker is not None:
-                    log.warning("worker process %s does not stop, and is ended", worker.pid)
-                    self._clean = False
-                    worker.kill()
+            left = [worker for worker in self._workers if worker is not None]
+            for worker in left:
+                self._clean = False
+                worker.kill()
+        for worker in left:
+            log.warning("worker process %s did not stop, and was ended", worker.pid)
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join(END_TIMEOUT)
@@ -468,6 +469,10 @@ class _Worker:
                 heard = []
         except (EOFError, OSError):
             heard = [self._conn]
+        except BaseException:  # what it is to do cannot be written
+            process.kill()
+            self._conn.close()
+            raise
         if not heard:
             process.kill()
             return f"it was not ready after {START_TIMEOUT:.0f} s"

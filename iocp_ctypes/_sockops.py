@@ -280,7 +280,7 @@ class OverlappedSocket:
 
     def was_reset(self) -> bool:
         """Whether the peer has reset the connection; for where no receive would tell."""
-        entry = _win32files.WSAPOLLFD(self._handle)
+        entry = _win32files.WSAPOLLFD(self._handle, _win32files.POLLWRNORM)
         return _win32files.WSAPoll(byref(entry), 1, 0) == 1 and bool(entry.revents & _win32files.POLLERR)
 
     # -- connecting -----------------------------------------------------------------------------------------
