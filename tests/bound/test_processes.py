@@ -271,7 +271,7 @@ def test_a_worker_that_does_not_stop_is_ended(caplog: pytest.LogCaptureFixture) 
         assert pid_of(client)
         client.sendall(b"block")
         assert server.stop(0.1) is False
-    assert "does not stop, and is ended" in caplog.text
+    assert "did not stop, and was ended" in caplog.text
     assert ended(client) in ("reset", "eof")
     client.close()
 
