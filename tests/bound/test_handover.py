@@ -309,7 +309,7 @@ def test_take_socket_that_raises_refuses(expects_errors: Any) -> None:
             with raw(server.address) as client:
                 assert ended(client) in ("eof", "reset")
         wait_until(lambda: server.stats().connections == 0)
-        assert (server.stats().refused, server.stats().handed_over) == (5, 0)
+        assert server.stats().refused == 5
     assert "take_socket raised for 127.0.0.1:" in expects_errors[0].getMessage()
 
 
