@@ -14,6 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 #: Seconds for a line or for an end: a start takes up to 4 s under Wine, and the machine may be busy.
 PATIENCE = 30.0
+#: What a server of several processes logs where the system, under load, cannot make one at once (Wine: 1359).
+SHORT = "no process could be made: OSError"
 
 
 class Program:
@@ -37,7 +39,8 @@ class Program:
         assert self.process.stdout is not None
         with self.process.stdout as output:
             for line in output:
-                self._lines.put(line.rstrip("\n"))
+                if SHORT not in line:
+                    self._lines.put(line.rstrip("\n"))
         self._lines.put(None)
 
     def line(self, pattern: str) -> re.Match[str]:
