@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from ._channel import Buffer, as_bytes
 from ._errors import ConnectionClosedError
@@ -71,6 +71,11 @@ class Answers(Connection):
     _ending = False  # the server stops, or the peer has sent its last request
     _file: FileBody | None = None
     _parts: list[tuple[bytes, int, int]] | None = None  # of the file, the next one last
+    _head = b""  # of the answer, which goes with the first of them
+
+    if TYPE_CHECKING:  # of HTTPConnection
+
+        def _next(self) -> None: ...
 
     # -- for applications -----------------------------------------------------------------------------------
 
@@ -192,10 +197,8 @@ class Answers(Connection):
             self._answer = STARTED
             empty = request.method == "HEAD" or self._framing == EMPTY
             if isinstance(body, FileBody):
-                self._file, self._size = body, -len(head)  # which goes with the first part
-                parts = [(b"", 0, 0)] if empty else [*body.parts, (body.tail, 0, 0)]
-                before, offset, count = parts[0]
-                self._parts = [(head + before, offset, count), *parts[1:]][::-1]
+                self._file, self._head = body, head
+                self._parts = [(b"", 0, 0)] if empty else [(body.tail, 0, 0), *reversed(body.parts)]
                 return False
             if not whole:
                 going = self.send(head)
@@ -220,10 +223,6 @@ class Answers(Connection):
             self.close()
         elif self._phase == ANSWERING:
             self.call_soon(self._next)
-
-    def _next(self) -> None:
-        """Go on with the next request. On the strand."""
-        raise NotImplementedError
 
     def _account(self, request: Request | None) -> None:
         """Write the log and count; no lock is held."""
@@ -259,7 +258,8 @@ class Answers(Connection):
             return
         while parts:
             before, offset, count = parts.pop()
-            going = self.send_file(body.file, offset, count, header=before) if count else self.send(before)
+            data, self._head = self._head + before, b""
+            going = self.send_file(body.file, offset, count, header=data) if count else self.send(data)
             self._size += len(before) + count
             if not going:
                 return

@@ -52,10 +52,10 @@ class Tunables:
     def _refill(self) -> None: ...
     def _retrace(self) -> None: ...
 
-    @property
-    def connections(self) -> list[Connection]:
-        """The connections of this instant."""
-        raise NotImplementedError
+    if TYPE_CHECKING:  # of Server
+
+        @property
+        def connections(self) -> list[Connection]: ...
 
     def _change(self, name: str, value: Any) -> None:
         if name == "tls" and self._processes is not None:

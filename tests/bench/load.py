@@ -205,17 +205,23 @@ def _used_s(watched: Watched) -> float | None:
     return used.user_s + used.system_s if used else None
 
 
+def _begin(address: Address, clients: int) -> tuple[list[Client], Poller, Counter[str]]:
+    """Connects, and has each client send its first message. Returns: those connected, and what failed."""
+    sockets, failures = connect_many(address, clients)
+    everyone = [Client(sock, number) for number, sock in enumerate(sockets)]
+    poller = make_poller()
+    for client in everyone:
+        poller.register(client.sock.fileno(), READ)
+        client.sent_at = clock()
+        client.send(client.message)
+    return everyone, poller, failures
+
+
 def exchange(address: Address, clients: int, seconds: float, warmup: float,
              watched: Watched = NOTHING) -> Exchanged:
     """Measures exchanges of 64 bytes: `clients` connections, one message outstanding each, for `seconds`."""
-    sockets, failures = connect_many(address, clients)
-    everyone = [Client(sock, number) for number, sock in enumerate(sockets)]
+    everyone, poller, failures = _begin(address, clients)
     alive = {client.sock.fileno(): client for client in everyone}
-    poller = make_poller()
-    for fd, client in alive.items():
-        poller.register(fd, READ)
-        client.sent_at = clock()
-        client.send(client.message)
     latencies_s: list[float] = []
     _exchange(alive, poller, warmup, latencies_s, failures)
     latencies_s.clear()
@@ -226,8 +232,8 @@ def exchange(address: Address, clients: int, seconds: float, warmup: float,
     took = clock() - started
     cost = meter.cost(len(latencies_s))
     poller.close()
-    for sock in sockets:
-        sock.close()
+    for client in everyone:
+        client.sock.close()
     counts = [client.count for client in everyone] + [0] * (clients - len(everyone))
     return Exchanged(clients, took, len(latencies_s), len(latencies_s) / took, *_tails_us(latencies_s),
                      fairness(counts), counts.count(0), cost, dict(failures))
@@ -273,14 +279,8 @@ def besieged(address: Address, clients: int, count: int, parallel: int) -> Excha
     """
     command = [sys.executable, "-m", "bench.load", "storm", "{}:{}".format(*address),
                "--count", str(count), "--clients", str(parallel)]
-    sockets, failures = connect_many(address, clients)
-    everyone = [Client(sock, number) for number, sock in enumerate(sockets)]
+    everyone, poller, failures = _begin(address, clients)
     alive = {client.sock.fileno(): client for client in everyone}
-    poller = make_poller()
-    for fd, client in alive.items():
-        poller.register(fd, READ)
-        client.sent_at = clock()
-        client.send(client.message)
     latencies_s: list[float] = []
     with subprocess.Popen(command, cwd=Path(__file__).resolve().parent.parent, stdin=subprocess.DEVNULL,
                           stdout=subprocess.PIPE) as storming:
@@ -288,12 +288,13 @@ def besieged(address: Address, clients: int, count: int, parallel: int) -> Excha
         while alive and storming.poll() is None and clock() < end:
             _exchange(alive, poller, 0.1, latencies_s, failures)
         took = clock() - started
-        waiting = [now - client.sent_at for client in alive.values() if (now := clock()) > client.sent_at]
+        now = clock()
+        waiting = [now - client.sent_at for client in alive.values()]
         storming.kill()
         said = storming.communicate()[0]
     poller.close()
-    for sock in sockets:
-        sock.close()
+    for client in everyone:
+        client.sock.close()
     stormed = json.loads(said) if said else {"failures": {"the storm did not end": 1}}
     for reason, times in stormed["failures"].items():
         failures["storm: " + reason] += times

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import logging
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -278,13 +279,16 @@ def test_what_is_no_file_is_an_error_and_no_answer(expects_errors: list[logging.
     def answer(self: HTTPConnection, request: Request) -> Response:
         return Response(FileBody(object(), [(b"", 0, 5)]))
 
-    with serving(application(answer)) as server, Client(server.address) as client:
+    lines: list[str] = []
+    with serving(application(answer, access_log=lines.append)) as server, Client(server.address) as client:
         client.send(GET)
         try:
             assert client.rest() == b""
         except OSError:
             pass
         wait_until(lambda: not server.connections)
+        wait_until(lambda: lines)
+    assert not re.search(r" -[0-9]", lines[0]), "the head was counted, and never sent"
     assert "must be a path" in str(expects_errors[0].exc_info)
 
 

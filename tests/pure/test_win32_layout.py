@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from layouts import check_layout
 
 from iocp_ctypes import _win32
 
@@ -173,22 +174,12 @@ def test_every_structure_is_in_the_table() -> None:
 @pytest.mark.parametrize("bits", [32, 64])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layout(monkeypatch: pytest.MonkeyPatch, name: str, bits: int) -> None:
-    check_layout(structures(declarations(monkeypatch, bits))[name], name, bits)
+    check_layout(structures(declarations(monkeypatch, bits))[name], LAYOUTS[name], bits)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layout_of_this_very_python(name: str) -> None:
-    check_layout(getattr(_win32, name), name, 8 * ctypes.sizeof(ctypes.c_void_p))
-
-
-def check_layout(structure: Any, name: str, bits: int) -> None:
-    """Assert that offsets, sizes and alignment are those of a C compiler."""
-    layout = LAYOUTS[name]
-    column = {32: 0, 64: 1}[bits]
-    assert {field[0] for field in structure._fields_} == set(layout) - {"size"}
-    for field in structure._fields_:
-        assert getattr(structure, field[0]).offset == layout[field[0]][column], field[0]
-    assert ctypes.sizeof(structure) == layout["size"][column]
+    check_layout(getattr(_win32, name), LAYOUTS[name], 8 * ctypes.sizeof(ctypes.c_void_p))
 
 
 @pytest.mark.parametrize("bits", [32, 64])
