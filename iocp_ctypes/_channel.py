@@ -374,8 +374,8 @@ class Channel(Lifetime):
                 self._flush()
             return flow.mark(settings.high_mark)
 
-    def _send_queued(self, buffers: Sequence[bytes]) -> bool:
-        """Queue buffers and send as much as may be in flight. Needs the lock."""
+    def _send_queued(self, buffers: Sequence[bytes], at_once: bool = True) -> bool:
+        """Queue buffers and, at once, send as much as may be in flight. Needs the lock."""
         assert self._lock._is_owned()
         if self._state > life.OPEN or self._eof_out:
             raise ConnectionClosedError(f"connection {self.id} is closed for sending")
@@ -385,9 +385,30 @@ class Channel(Lifetime):
         for data in buffers:
             if data:
                 flow.push(data)
-        if self._state == life.OPEN:
+        if at_once and self._state == life.OPEN:
             self._flush()
         return flow.mark(self._settings.high_mark)
+
+    def _send_in_turn(self, data: bytes) -> bool:
+        """As `send`, but of many to whom the same is sent: it is queued, and sent when the relay comes by."""
+        with self._lock:
+            good = self._send_queued((data,), at_once=False)
+            if not self._relayed and self._state == life.OPEN:
+                self._relayed = True
+                self._home.engine.relay.add(self._relay_turn)
+            return good
+
+    def _relay_turn(self) -> None:
+        """Send what was queued meanwhile. On an I/O thread."""
+        with self._lock:
+            self._relayed = False
+            if self._state >= life.JOINING:
+                return
+            self._flush()
+            relieved = self._state == life.OPEN and self._flow.relieved(self._settings.low_mark)
+            self._advance()
+        if relieved:
+            self._run(self._deliver_drain)
 
     def _overflow(self) -> bool:
         """The peer does not read: end it, rather than keep everything for it. Needs the lock."""

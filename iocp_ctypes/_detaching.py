@@ -96,6 +96,7 @@ class Detaching(TLSChannel):
             self._paused = self._detour = True
             flow = self._flow
             if flow.queued or flow.sends or flow.files:
+                self._flush()  # what is queued may wait for its turn in the relay
                 return None
             if self._reading == POSTED:
                 if self._burst is None:

@@ -182,12 +182,12 @@ class FileChannel(BurstChannel):
                 self._flush()
             return flow.mark(self._settings.high_mark)
 
-    def _send_queued(self, buffers: Any) -> bool:
+    def _send_queued(self, buffers: Any, at_once: bool = True) -> bool:
         """Queue buffers, behind the files that wait. Needs the lock."""
         assert self._lock._is_owned()
         flow, files = self._flow, self._files
         if not flow.files or files is None or self._state > life.OPEN or self._eof_out:
-            return super()._send_queued(buffers)
+            return super()._send_queued(buffers, at_once)
         size = sum(map(len, buffers))
         if flow.size + size > self._settings.write_buffer_max:
             return self._overflow()

@@ -14,7 +14,6 @@ Laws
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -35,6 +34,7 @@ from ._httpmessage import (
     compress,
     problem,
 )
+from ._locks import lock_number, make_locks
 from .connection import Connection
 
 #: Bytes of a body up to which it is copied behind its head, which costs less than to gather both.
@@ -46,8 +46,7 @@ HEAD, BODY, CALLING, ANSWERING, LAST = 0, 1, 2, 3, 4
 #: Where the answer to the current request is.
 NOTHING, STARTED, DONE = 0, 1, 2
 
-#: Shared by number, as connections share theirs: a lock is a kernel object on Windows.
-_LOCKS: Final = tuple(threading.RLock() for _ in range(64))
+_LOCKS: Final = make_locks()
 
 
 class Answers(Connection):
@@ -157,7 +156,7 @@ class Answers(Connection):
 
     @property
     def _answers(self) -> Any:
-        return _LOCKS[self.id % len(_LOCKS)]
+        return _LOCKS[lock_number(self.id)]
 
     def _check_open(self) -> None:
         if self.closing or self.closed:

@@ -29,6 +29,7 @@ from ._caps import Recovery
 from ._errors import ConnectionClosedError, reason_of
 from ._flow import WriteFlow
 from ._lifecycle import CloseReason
+from ._locks import lock_number, make_locks
 from ._options import Settings, change
 from ._pipeops import OverlappedPipe
 from ._proactor import Operation
@@ -65,11 +66,7 @@ BURST: Final = -1
 #: bytes are on the way to on_data, or EOF to on_eof; on_eof had its call.
 IDLE, POSTED, DELIVERING, ENDED = 0, 1, 2, 3
 
-#: Connections share these locks by number. CPython on Windows makes a kernel semaphore for every lock, and a
-#: lock is held only for moments that never block, so thousands of connections do with a few. Reentrant,
-#: because a garbage collection inside may run a finalizer that closes some other connection.
-_LOCKS: Final = tuple(threading.RLock() for _ in range(64))
-
+_LOCKS: Final = make_locks()
 _numbers = itertools.count(1)
 _numbers_lock: Final = threading.RLock()  # without a GIL, count alone may give a number twice
 
@@ -124,6 +121,7 @@ class Lifetime:
         "_peer_address",
         "_reading",
         "_reason",
+        "_relayed",
         "_retry_delay",
         "_retry_due",
         "_server",
@@ -162,7 +160,7 @@ class Lifetime:
         self._strand = Strand(execute)
         self._strand.enter()  # until on_connect was called: the server's table is open to all, and they post
         self._flow = WriteFlow(settings.write_buffer_max)
-        self._lock: Any = _LOCKS[self.id % len(_LOCKS)]
+        self._lock: Any = _LOCKS[lock_number(self.id)]
         self._state = life.OPEN
         self._reading = DELIVERING  # on_connect comes first; then the first receive is posted
         self._operation: Operation | None = None
@@ -179,6 +177,7 @@ class Lifetime:
         self._timer: Deadline | None = None
         self._deadline: float | None = None
         self._linger_due: float | None = None
+        self._relayed = False  # it waits for its turn in the relay of the engine
         self._retry_due: float | None = None
         self._retry_delay = RETRY_FIRST
         self._short: Recovery | None = None  # while a cap is less than was assigned

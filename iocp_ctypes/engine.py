@@ -26,6 +26,7 @@ from ._dispatcher import STALLED_MAX, Dispatcher
 from ._options import check_option
 from ._port import CompletionPort
 from ._proactor import Proactor
+from ._relay import Relay
 from ._stats import EngineStats
 from ._trace import TraceRecord, write_trace
 from ._tracing import Trace
@@ -70,6 +71,7 @@ class Engine:
         self.proactor = Proactor()
         self.watchdog = Watchdog()
         self.dispatcher = Dispatcher(self.port, self.proactor, running, self.watchdog.later)
+        self.relay = Relay(self.dispatcher.call_soon)
         self._lock = threading.Lock()
         self._started = False
         self._stopped = False

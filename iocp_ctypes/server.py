@@ -26,8 +26,10 @@ from ._handover import Handover, check_handler, check_taking, set_options
 from ._lifecycle import CloseReason
 from ._lifetime import Home
 from ._listening import address_of, bind_all, listen_on
+from ._locks import lock_number
 from ._options import ServerOptions, Settings, make_settings
 from ._processes import Processes, check_processes
+from ._relay import DIRECT_MAX
 from ._tlschannel import check_tls
 from ._tunables import Tunables
 from ._watching import Watched
@@ -509,12 +511,18 @@ class Server(Watched, Tunables, Handover):
             To how many connections they were handed.
         """
         encoded = as_bytes(data)
-        reached = 0
-        for connection in self.connections:
-            if where is not None and not where(connection):
-                continue
+        reached, chosen = 0, self.connections
+        if where is not None:
+            chosen = list(filter(where, chosen))
+        directly = len(chosen) <= DIRECT_MAX
+        if not directly:
+            chosen.sort(key=lambda connection: lock_number(connection.id))
+        for connection in chosen:
             try:
-                connection.send(encoded)
+                if directly:
+                    connection.send(encoded)
+                else:
+                    connection._send_in_turn(encoded)
                 reached += 1
             except ConnectionClosedError:
                 continue  # it ended a moment ago

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Final
 
 from .._errors import ConnectionClosedError
+from .._locks import lock_number
+from .._relay import DIRECT_MAX
 from .._topics import Topics
 from ._outgoing import Shared
 
@@ -85,14 +87,17 @@ class Hub:
             chosen = self._topics.match(topic)
         return self._send(Shared(message), chosen, exclude)
 
-    def _send(self, shared: Shared, chosen: Iterable[Any], exclude: Any) -> int:
+    def _send(self, shared: Shared, chosen: list[Any], exclude: Any) -> int:
         left_out = set(exclude) if isinstance(exclude, Iterable) else {exclude}
+        directly = len(chosen) <= DIRECT_MAX
+        if not directly:
+            chosen.sort(key=lambda websocket: lock_number(websocket.connection.id))
         taken = 0
         for websocket in chosen:
             if websocket in left_out:
                 continue
             try:
-                taken += websocket._send_shared(shared)
+                taken += websocket._send_shared(shared, directly)
             except ConnectionClosedError:
                 continue  # it closed a moment ago
         return taken

@@ -26,6 +26,7 @@ from websockets.frames import Close, Frame, Opcode
 
 from .._channel import as_bytes
 from .._errors import ConnectionClosedError
+from .._locks import lock_number, make_locks
 from .._options import KIB
 from ._limits import Deflate, Options
 
@@ -55,8 +56,7 @@ POLICY: Final = 1008
 TOO_BIG: Final = 1009
 INTERNAL_ERROR: Final = 1011
 
-#: As with connections, WebSockets share locks by number, and for the same reasons.
-_LOCKS: Final = tuple(threading.RLock() for _ in range(64))
+_LOCKS: Final = make_locks()
 _numbers = itertools.count(1)
 
 
@@ -122,7 +122,7 @@ class Outgoing(Options):
         self.connection: Any = connection
         self.dropped = 0
         self.id = next(_numbers)
-        self._lock: Any = _LOCKS[self.id % len(_LOCKS)]
+        self._lock: Any = _LOCKS[lock_number(self.id)]
         self._state = CONNECTING
         self._mask = False  # True on a client
         self._deflate: Deflate | None = None  # not None exactly where compression was agreed on
@@ -262,7 +262,7 @@ class Outgoing(Options):
             good = self._put(other)
         return good
 
-    def _send_shared(self, shared: Shared) -> bool:
+    def _send_shared(self, shared: Shared, directly: bool) -> bool:
         """Send a message of a broadcast; True where it was taken. Any thread; never blocks."""
         deflate, dropped = self._deflate, self.dropped
         if deflate is None or len(shared.data) < deflate.threshold:
@@ -276,7 +276,8 @@ class Outgoing(Options):
                 self._full or self._fate or self._stream_kind is not None or self._batch is not None
             ):
                 # The hot path, as in `send`.
-                if not self.connection.send(frame):
+                connection = self.connection
+                if not (connection.send(frame) if directly else connection._send_in_turn(frame)):
                     self._note_full()
                 return True
             dropped = self.dropped

@@ -1,0 +1,106 @@
+"""A relay: turns in the order of coming, in rounds, none lost; by hand, and by hammering."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+
+import pytest
+
+from iocp_ctypes._relay import ROUND, Relay
+
+Task = Callable[[], None]
+
+
+class Later:
+    """An executor that runs what it was given when the test says so."""
+
+    def __init__(self) -> None:
+        self.tasks: deque[Task] = deque()
+
+    def __call__(self, task: Task) -> None:
+        self.tasks.append(task)
+
+    def run_all(self) -> int:
+        """Run it, and what comes of it; return how many calls that were."""
+        calls = 0
+        while self.tasks:
+            assert len(self.tasks) == 1, "one call under way at a time"
+            self.tasks.popleft()()
+            calls += 1
+        return calls
+
+
+def test_turns_come_in_order_and_in_rounds() -> None:
+    later, seen = Later(), []
+    relay = Relay(later)
+    for number in range(2 * ROUND + 1):
+        relay.add(lambda number=number: seen.append(number))
+    assert not seen
+    later.tasks.popleft()()
+    assert seen == list(range(ROUND))
+    assert later.run_all() == 2
+    assert seen == list(range(2 * ROUND + 1))
+
+
+def test_a_turn_never_runs_inside_add_and_may_add() -> None:
+    later, seen = Later(), []
+    relay = Relay(later)
+
+    def again() -> None:
+        seen.append("again")
+        relay.add(lambda: seen.append("once more"))
+        seen.append("added")
+
+    relay.add(again)
+    assert later.run_all() == 2
+    assert seen == ["again", "added", "once more"]
+    relay.add(lambda: seen.append("later"))
+    assert later.run_all() == 1, "the token came back"
+    assert seen[-1] == "later"
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_none_is_lost_by_hammering(threads: int) -> None:
+    each, seen = 5000, [0] * threads
+    tasks: deque[Task] = deque()
+    waiting = threading.Semaphore(0)
+
+    def execute(task: Task) -> None:
+        tasks.append(task)
+        waiting.release()
+
+    def serve() -> None:
+        while True:
+            waiting.acquire()
+            if not tasks:
+                return
+            tasks.popleft()()
+
+    relay = Relay(execute)
+
+    def turn(which: int) -> Task:
+        def run() -> None:
+            seen[which] += 1  # only one thread walks at a time
+
+        return run
+
+    def add(which: int) -> None:
+        for _ in range(each):
+            relay.add(turn(which))
+
+    servers = [threading.Thread(target=serve) for _ in range(2)]
+    adders = [threading.Thread(target=add, args=(which,)) for which in range(threads)]
+    for thread in servers + adders:
+        thread.start()
+    for thread in adders:
+        thread.join()
+    done = threading.Event()
+    relay.add(done.set)
+    assert done.wait(10)
+    for _ in servers:
+        waiting.release()
+    for thread in servers:
+        thread.join()
+    assert seen == [each] * threads
