@@ -167,11 +167,10 @@ class Acceptor:
                 return
             # One for each address in turn, so that a small room is not all taken by the first; and one for
             # each in any case, so that none is deaf: the server lets wait whom that brings above its cap.
-            pools = self._pools
+            pools = [pool for pool in self._pools if len(pool.operations) < pool.share]
             while pools and (room := self._room()) > 0:
-                wanting = [pool for pool in pools if len(pool.operations) < pool.share]
-                pools = [pool for pool in wanting if self._in_use < room or not pool.operations]
-                pools = [pool for pool in pools if self._post(pool)]
+                pools = [pool for pool in pools if self._in_use < room or not pool.operations]
+                pools = [pool for pool in pools if self._post(pool) and len(pool.operations) < pool.share]
             told, self._to_tell = self._to_tell, None
         if told is not None:  # not under the lock: who handles the record may ask for our figures
             log.warning("an AcceptEx could not be posted (error %d): trying again in %.2f s", *told)

@@ -341,16 +341,13 @@ class Channel(Lifetime):
         length = len(data)
         with self._lock:
             flow = self._flow
-            settings = self._settings
             if (
-                self._state != life.OPEN
-                or self._eof_out
+                flow.sends
                 or flow.queued
                 or flow.files
-                or flow.sends >= settings.sendcap
-                or flow.alone is not None
+                or self._state != life.OPEN
+                or self._eof_out
                 or not 0 < length <= flow.at_once_max
-                or flow.in_flight + length > flow.most
             ):
                 return self._send_queued((data,))
             # The hot path: nothing is before these bytes, so they go straight to the kernel.
@@ -372,7 +369,7 @@ class Channel(Lifetime):
             self._issued(operation, code, [Piece(data, 0, length)])
             if flow.queued:  # it took only a part
                 self._flush()
-            return flow.mark(settings.high_mark)
+            return flow.mark(self._settings.high_mark)
 
     def _send_queued(self, buffers: Sequence[bytes], at_once: bool = True) -> bool:
         """Queue buffers and, at once, send as much as may be in flight. Needs the lock."""

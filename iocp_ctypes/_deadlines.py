@@ -20,26 +20,22 @@ DEAD_MIN: Final = 64
 
 
 class Deadline:
-    """One entry: an instant and what to call then. Ordered by instant, then by age."""
+    """One entry: an instant and what to call then."""
 
-    __slots__ = ("action", "due", "number")
+    __slots__ = ("action", "due")
 
-    def __init__(self, due: float, number: int, action: Callable[[], None]) -> None:
+    def __init__(self, due: float, action: Callable[[], None]) -> None:
         self.due = due
-        self.number = number
         self.action: Callable[[], None] | None = action
-
-    def __lt__(self, other: Deadline) -> bool:
-        return (self.due, self.number) < (other.due, other.number)
 
 
 class Deadlines:
-    """A heap of deadlines."""
+    """A heap of deadlines, by instant and then by age; of tuples, which compare without running Python."""
 
     __slots__ = ("_dead", "_heap", "_number")
 
     def __init__(self) -> None:
-        self._heap: list[Deadline] = []
+        self._heap: list[tuple[float, int, Deadline]] = []
         self._number = 0
         self._dead = 0
 
@@ -49,8 +45,8 @@ class Deadlines:
     def add(self, due: float, action: Callable[[], None]) -> Deadline:
         """Call `action` once the clock reaches `due`."""
         self._number += 1
-        entry = Deadline(due, self._number, action)
-        heapq.heappush(self._heap, entry)
+        entry = Deadline(due, action)
+        heapq.heappush(self._heap, (due, self._number, entry))
         return entry
 
     def cancel(self, entry: Deadline) -> None:
@@ -64,24 +60,24 @@ class Deadlines:
     def _rebuild(self) -> None:
         """Make the heap anew where too much of it is dead."""
         if self._dead > DEAD_MIN and self._dead * 2 > len(self._heap):
-            self._heap = [living for living in self._heap if living.action is not None]
+            self._heap = [living for living in self._heap if living[2].action is not None]
             heapq.heapify(self._heap)
             self._dead = 0
 
     def next_due(self) -> float | None:
         """Return the earliest instant, or None where nothing is set."""
         heap = self._heap
-        while heap and heap[0].action is None:
+        while heap and heap[0][2].action is None:
             heapq.heappop(heap)
             self._dead -= 1
-        return heap[0].due if heap else None
+        return heap[0][0] if heap else None
 
     def take_due(self, now: float) -> list[Callable[[], None]]:
         """Remove what is due at `now` and return its actions, earliest first."""
         due: list[Callable[[], None]] = []
         heap = self._heap
-        while heap and heap[0].due <= now:
-            entry = heapq.heappop(heap)
+        while heap and heap[0][0] <= now:
+            entry = heapq.heappop(heap)[2]
             if entry.action is None:
                 self._dead -= 1
             else:

@@ -46,7 +46,6 @@ class WriteFlow:
         "held",
         "in_flight",
         "lost",
-        "most",
         "newest",
         "pieces",
         "queued",
@@ -55,12 +54,12 @@ class WriteFlow:
 
     def __init__(self, write_buffer_max: int = SEND_IN_FLIGHT_MAX) -> None:
         """Make an empty one; `write_buffer_max` may be less than what may be in flight."""
-        self.most = min(SEND_IN_FLIGHT_MAX, write_buffer_max)  # bytes in flight
         self.pieces: deque[Piece] | None = None  # made when first needed: most connections never queue
         self.queued = 0  # bytes in `pieces`
         self.in_flight = 0  # bytes of sends that the kernel has
         self.sends = 0  # how many sends the kernel has
-        self.at_once_max = SEND_SLICE_MAX  # most bytes that may go to the kernel without being queued here
+        #: Most bytes that may go to the kernel without being queued here, where nothing is before them.
+        self.at_once_max = SEND_SLICE_MAX if write_buffer_max > SEND_SLICE_MAX else write_buffer_max
         self.files = 0  # how many files are not sent yet
         self.held = 0  # bytes that wait for a file before them, headers and trailers of files included
         self.above = False

@@ -292,7 +292,7 @@ class Lifetime:
             try:
                 task(*args)
             finally:
-                self._strand.leave()
+                self._strand.leave_done()
         else:
             self._strand.post(task, *args)
 
@@ -405,7 +405,8 @@ class Lifetime:
         with self._lock:
             self._opened = False
             event = self._closed_event
-            self._retrace()
+            if isinstance(self._socket, TracedSocket):
+                self._retrace()  # a stand-in refers to its connection
         if self._logged:
             self._log_end(error)
         self._home.gone(self)
@@ -438,7 +439,7 @@ class Lifetime:
     def _traced(self, sock: Any) -> Any:
         """Return what stands in for a socket while it is traced. With no lock of ours, or any."""
         if self._state == life.CLOSED:
-            rings: Any = ()  # a stand-in refers to its connection
+            rings: Any = ()
         else:
             rings = rings_of(self._trace, self._home.trace, self._home.engine.tracing)
         return traced(TracedSocket, sock, rings, self.id, self._knobs)

@@ -5,8 +5,8 @@ Laws
 2. `post` appends before it tries for the token, and a runner looks at the queue again after it gave the token
    back: so no task is left behind, without a lock around either.
 3. A task never runs inside `post`: who posts may hold locks of his own.
-4. A runner runs what was queued when it began and hands the rest to `execute`, so that one strand cannot
-   keep a thread to itself.
+4. A runner runs what was queued when it began, or once what is when it leaves, and hands the rest to
+   `execute`, so that one strand cannot keep a thread to itself.
 5. `execute` has at most one callable of a strand: it is handed over with the token. What posts itself again
    for ever therefore neither fills the executor's queue nor crowds out other strands.
 6. `_runner` is the thread that has the token, 0 while the token is handed over, and old where nobody has it.
@@ -73,6 +73,13 @@ class Strand:
             if not self._tasks or not self._take():
                 return
         self._hand_over()
+
+    def leave_done(self) -> None:
+        """As `leave`, but run first, once, what was posted meanwhile: often the last there will be."""
+        if self._tasks:
+            self._drain()
+        else:
+            self.leave()
 
     def _hand_over(self) -> None:
         """Have the tasks run by a thread that gets the token with the call."""

@@ -319,7 +319,8 @@ class Server(Watched, Tunables, Handover):
     def _admit(self) -> None:
         with self._lock:
             self._open += 1
-            self._peak = max(self._peak, self._open)
+            if self._open > self._peak:
+                self._peak = self._open
 
     def _release(self, what: str) -> None:
         with self._gone_one:

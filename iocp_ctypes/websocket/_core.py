@@ -48,13 +48,11 @@ class Reader(StreamReader):
 
     def __init__(self) -> None:
         super().__init__()
-        self._head = bytearray()
-        self._mask = bytearray()
-        self._reads = 0
+        self._read: list[bytearray] = []  # of the frame that the parser is in
 
     def at_eof(self) -> Generator[None, None, bool]:
         """Tell whether the stream ended where a frame could begin."""
-        self._reads = 0
+        self._read.clear()
         while not self.buffer:
             if self.eof:
                 return True
@@ -70,11 +68,7 @@ class Reader(StreamReader):
             yield
         data = buffer[:n]
         del buffer[:n]
-        self._reads += 1
-        if self._reads == 1:
-            self._head = data
-        elif n == 4:
-            self._mask = data
+        self._read.append(data)
         return data
 
     def text(self, message: Opcode | None, skip: int) -> bytes:
@@ -84,18 +78,19 @@ class Reader(StreamReader):
             message: what kind of message goes on with this frame; None: it begins one.
             skip: so many bytes of it are not wanted.
         """
-        if not self._reads or len(self.buffer) <= skip:
+        read = self._read
+        if not read or len(self.buffer) <= skip:
             return b""
-        first, second = self._head
+        first, second = read[0]
         masked = second > LENGTH
         long = (second & LENGTH) > LENGTH_MAX
         expected = Opcode.TEXT if message is None else Opcode.CONT
-        if self._reads != 1 + long + masked or first & COMPRESSED or first & OPCODE != expected:
+        if len(read) != 1 + long + masked or first & COMPRESSED or first & OPCODE != expected:
             return b""
         data = bytes(memoryview(self.buffer)[skip:])
         if masked:
             turn = skip % 4
-            data = bytes(apply_mask(data, bytes(self._mask[turn:] + self._mask[:turn])))
+            data = bytes(apply_mask(data, bytes(read[-1][turn:] + read[-1][:turn])))
         return data
 
 

@@ -246,9 +246,9 @@ def test_what_may_be_in_flight() -> None:
     assert not flow.may_send(4)
 
 
-def test_no_more_may_be_in_flight_than_may_be_unsent() -> None:
-    assert WriteFlow().most == WriteFlow(1 << 40).most == SEND_IN_FLIGHT_MAX
-    assert WriteFlow(1000).most == 1000
+def test_no_more_goes_at_once_than_may_be_unsent() -> None:
+    assert WriteFlow().at_once_max == WriteFlow(1 << 40).at_once_max == SEND_SLICE_MAX
+    assert WriteFlow(1000).at_once_max == 1000
 
 
 def test_clear_forgets_the_queue_but_not_what_the_kernel_has() -> None:

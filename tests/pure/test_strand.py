@@ -104,6 +104,26 @@ def test_entering_excludes_everybody_until_leaving(later: Later) -> None:
     assert not later.tasks, "leaving with nothing to do hands on nothing"
 
 
+def test_who_leaves_may_run_once_what_was_posted_meanwhile(later: Later) -> None:
+    strand, ran = Strand(later), []
+    assert strand.enter()
+    strand.leave_done()
+    assert strand.enter(), "with nothing to do it is leaving"
+
+    def last() -> None:
+        ran.append("last")
+        strand.post(ran.append, "one more")
+
+    strand.post(last)
+    assert ran == []
+    strand.leave_done()
+    assert ran == ["last"], "once"
+    later.run_all()
+    assert ran == ["last", "one more"]
+    assert strand.enter()
+    strand.leave()
+
+
 def test_nobody_enters_before_tasks_that_wait(later: Later) -> None:
     strand, ran = Strand(later), []
     strand.post(ran.append, 1)
