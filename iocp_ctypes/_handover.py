@@ -38,14 +38,15 @@ class Handover:
     _home: Home | None
     _hosts: Any
     _lock: Any
+    _open: int
+    _peak: int
     _processes: Processes | None
     _settings: Settings
     _stopping: bool
 
     if TYPE_CHECKING:
 
-        def _admit(self) -> None: ...
-        def _release(self, what: str) -> None: ...
+        def _release(self, what: str | None) -> None: ...
         def _leave_host(self, peer: Address) -> None: ...
         def _hook_failed(self, exc: BaseException, what: str) -> None: ...
 
@@ -117,18 +118,19 @@ class Handover:
         never blocks.
         """
         home, first = self._home, as_bytes(data)
-        if home is None or self._stopping:
+        if home is None or not self._admit_unless_stopping():
             raise RuntimeError("adopt(): the server is not running")
-        settings = self._settings
-        adopted = adopt_socket(sock, home.engine.proactor, home.engine.port)
+        settings, adopted = self._settings, None
+        try:
+            adopted = adopt_socket(sock, home.engine.proactor, home.engine.port)
+            set_options(adopted, settings)
+        except BaseException:
+            if adopted is not None:
+                adopted.close()
+            self._release(None)
+            raise
         peer = parse_sockaddr(adopted.peer_raw)
         assert peer is not None  # it was read a moment ago
-        try:
-            set_options(adopted, settings)
-        except OSError:
-            adopted.close()
-            raise
-        self._admit()
         with self._lock:
             self._hosts[peer[0]] += 1
         connection = self._make(peer, adopted)
@@ -137,6 +139,14 @@ class Handover:
         stopping = self._enrol(connection, adopted, peer, settings)
         home.engine.dispatcher.call_soon(functools.partial(self._begin_with, connection, first, stopping))
         return connection
+
+    def _admit_unless_stopping(self) -> bool:
+        """Count one more, unless `stop` counts down already, which would wait for it or miss it."""
+        with self._lock:
+            if not self._stopping:
+                self._open += 1
+                self._peak = max(self._peak, self._open)
+            return not self._stopping
 
     def _enrol(self, connection: Connection, sock: Accepted, peer: Address, settings: Settings) -> bool:
         """Put a new connection into the table; whether the server is stopping."""

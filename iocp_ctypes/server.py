@@ -322,10 +322,12 @@ class Server(Watched, Tunables, Handover):
             if self._open > self._peak:
                 self._peak = self._open
 
-    def _release(self, what: str) -> None:
+    def _release(self, what: str | None) -> None:
+        """Uncount one that was admitted and does not begin, and count why, but for None."""
         with self._gone_one:
             self._open -= 1
-            self._counts[what] += 1
+            if what is not None:
+                self._counts[what] += 1
             self._gone_one.notify_all()
         self._refill()
 
@@ -503,6 +505,9 @@ class Server(Watched, Tunables, Handover):
 
     def broadcast(self, data: Buffer, where: Callable[[Connection], bool] | None = None) -> int:
         """Send the same bytes to all connections, or to those for which `where` is true; never blocks.
+
+        To more than 64 they are only queued here: the I/O threads then go from one connection to the next,
+        and broadcasts that come meanwhile go out with them. The order with all else that is sent is kept.
 
         To those of this process: with `processes`, call it in a callback to reach those of its worker.
 

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from support import (
     ended,
     handle_count,
     raw,
+    read_all,
     read_exactly,
     rst,
     serving,
@@ -163,6 +165,41 @@ def test_a_server_that_does_not_run_adopts_nothing() -> None:
         server.adopt(left)
     left.close()
     right.close()
+
+
+def test_stopping_waits_for_who_is_being_adopted() -> None:
+    begun, gate = threading.Event(), threading.Event()
+    stopped: list[bool] = []
+
+    def slow(server: Any, peer: Any) -> Echo:
+        begun.set()
+        assert gate.wait(PATIENCE)
+        return Echo(server, peer)
+
+    with serving(slow) as server:
+        left, right = pair()
+        adopting = threading.Thread(target=server.adopt, args=(left,))
+        adopting.start()
+        assert begun.wait(PATIENCE)
+        stopping = threading.Thread(target=lambda: stopped.append(server.stop()))
+        stopping.start()
+        wait_until(lambda: server._stopping)
+        other, far = pair()
+        with pytest.raises(RuntimeError, match="is not running"):
+            server.adopt(other)
+        other.sendall(b"still mine")
+        assert read_exactly(far, 10) == b"still mine"
+        assert server.stats().connections == 1
+        assert not stopped
+        gate.set()
+        assert read_all(right) == b""
+        right.close()
+        adopting.join(PATIENCE)
+        stopping.join(PATIENCE)
+        assert stopped == [True]
+        assert server.stats().closed == {"shutdown": 1}
+        other.close()
+        far.close()
 
 
 def test_a_handler_that_makes_none(expects_errors: Any) -> None:
