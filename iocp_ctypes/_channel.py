@@ -6,8 +6,8 @@ Laws
    was called). So bytes stay in order, and what on_data does not take in stays with the peer, by TCP's own
    flow control. Several receives at a time are in `_burstchannel`, which takes over where BURST stands for
    the size of the next one.
-2. What may be sent is sent at once, by the thread that sends; the rest queues and goes out as sends complete,
-   in the order of the calls.
+2. What may be sent is sent at once, by the thread that sends, or in the connection's turn where many are sent
+   the same; the rest queues and goes out as sends complete, in the order of the calls.
 3. An operation that the system lacks resources for is issued again later; nothing is lost by it.
 """
 
@@ -29,7 +29,7 @@ from ._errors import (
     error_from_code,
     reason_of,
 )
-from ._flow import Piece
+from ._flow import SEND_GATHER_MAX, Piece
 from ._lifecycle import CloseReason
 from ._lifetime import BURST, DELIVERING, ENDED, IDLE, POSTED, RETRY_FIRST, SMALL_RECEIVE, Lifetime
 from ._options import KIB
@@ -102,7 +102,7 @@ class Channel(Lifetime):
         self._call(self.on_connect)
         with self._lock:
             if self._state < life.JOINING:  # what was asked for before it was connected
-                self._flush()
+                self._send_on()
                 self._advance()
         self._deliver_stash()
 
@@ -387,25 +387,39 @@ class Channel(Lifetime):
         return flow.mark(self._settings.high_mark)
 
     def _send_in_turn(self, data: bytes) -> bool:
-        """As `send`, but of many to whom the same is sent: it is queued, and sent when the relay comes by."""
+        """As `send`, to one of many: where it can wait, it is sent when the relay has gone round to here."""
+        if type(self).send is not Channel.send:
+            return self.send(data)  # somebody puts a length before it, or counts
         with self._lock:
+            waiting = self._relayed
+            # That the relay has not been here yet must not look as if the peer did not read.
+            if waiting >= SEND_GATHER_MAX or self._flow.size + len(data) > self._settings.high_mark:
+                return self._send_queued((data,))
             good = self._send_queued((data,), at_once=False)
-            if not self._relayed and self._state == life.OPEN:
-                self._relayed = True
-                self._home.engine.relay.add(self._relay_turn)
+            if self._state == life.OPEN:
+                self._relayed = waiting + 1
+                if not waiting:
+                    self._home.engine.relay.add(self._relay_turn)
             return good
 
     def _relay_turn(self) -> None:
-        """Send what was queued meanwhile. On an I/O thread."""
+        """Send what was queued meanwhile; no callback runs, for others wait. On an I/O thread."""
         with self._lock:
-            self._relayed = False
-            if self._state >= life.JOINING:
-                return
-            self._flush()
-            relieved = self._state == life.OPEN and self._flow.relieved(self._settings.low_mark)
-            self._advance()
-        if relieved:
-            self._run(self._deliver_drain)
+            self._relayed = 0
+            if self._state < life.JOINING:
+                queued = self._flow.queued
+                self._send_on()
+                if queued:
+                    self._advance()
+
+    def _send_on(self) -> None:
+        """Send what is queued; where all of it went at once, no packet will come to have on_drain told.
+
+        Needs the lock.
+        """
+        self._flush()
+        if self._state == life.OPEN and self._flow.relieved(self._settings.low_mark):
+            self._strand.post(self._deliver_drain)
 
     def _overflow(self) -> bool:
         """The peer does not read: end it, rather than keep everything for it. Needs the lock."""
@@ -517,11 +531,9 @@ class Channel(Lifetime):
         if self._state == life.OPEN and self._reading == IDLE and not self._paused and not self._eof_in:
             self._post_receive(self._next_size)
         self._receive_for_close()
-        self._flush()
+        self._send_on()
         if self._retry_due is None:
             self._retry_delay = RETRY_FIRST
             if self._short is not None:
                 self._short.begin(monotonic())
-        if self._state == life.OPEN and self._flow.relieved(self._settings.low_mark):
-            self._strand.post(self._deliver_drain)
         self._advance()

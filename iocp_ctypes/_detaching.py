@@ -95,8 +95,9 @@ class Detaching(TLSChannel):
                 raise OSError(errno.EOPNOTSUPP, f"detach(): connection {self.id} uses TLS")
             self._paused = self._detour = True
             flow = self._flow
-            if flow.queued or flow.sends or flow.files:
-                self._flush()  # what is queued may wait for its turn in the relay
+            if self._relayed:
+                self._flush()
+            if self._state != life.OPEN or flow.queued or flow.sends or flow.files:
                 return None
             if self._reading == POSTED:
                 if self._burst is None:

@@ -45,8 +45,10 @@ class Handover:
     _stopping: bool
 
     if TYPE_CHECKING:
+        _gone_one: Any
 
-        def _release(self, what: str | None) -> None: ...
+        def _release(self, what: str) -> None: ...
+        def _refill_soon(self) -> None: ...
         def _leave_host(self, peer: Address) -> None: ...
         def _hook_failed(self, exc: BaseException, what: str) -> None: ...
 
@@ -127,11 +129,12 @@ class Handover:
         except BaseException:
             if adopted is not None:
                 adopted.close()
-            self._release(None)
+            self._give_up()
             raise
         peer = parse_sockaddr(adopted.peer_raw)
         assert peer is not None  # it was read a moment ago
         with self._lock:
+            self._peak = max(self._peak, self._open)
             self._hosts[peer[0]] += 1
         connection = self._make(peer, adopted)
         if connection is None:
@@ -145,8 +148,14 @@ class Handover:
         with self._lock:
             if not self._stopping:
                 self._open += 1
-                self._peak = max(self._peak, self._open)
             return not self._stopping
+
+    def _give_up(self) -> None:
+        """Uncount what was to be adopted. On any thread."""
+        with self._gone_one:
+            self._open -= 1
+            self._gone_one.notify_all()
+        self._refill_soon()
 
     def _enrol(self, connection: Connection, sock: Accepted, peer: Address, settings: Settings) -> bool:
         """Put a new connection into the table; whether the server is stopping."""

@@ -177,7 +177,9 @@ class Lifetime:
         self._timer: Deadline | None = None
         self._deadline: float | None = None
         self._linger_due: float | None = None
-        self._relayed = False  # it waits for its turn in the relay of the engine
+        self._relayed = (
+            0  # buffers queued since it waits for its turn in the relay of the engine; 0: it does not
+        )
         self._retry_due: float | None = None
         self._retry_delay = RETRY_FIRST
         self._short: Recovery | None = None  # while a cap is less than was assigned
@@ -255,6 +257,7 @@ class Lifetime:
 
     def _begin(self, first: bytes) -> None: ...
     def _receive_for_close(self) -> None: ...
+    def _flush(self) -> None: ...
     def _try_again(self) -> None: ...
     def _post_burst(self) -> None: ...
     def _burst_quiet(self, now: float) -> None: ...
@@ -332,6 +335,8 @@ class Lifetime:
             self._stash = None
             self._linger_due = monotonic() + self._settings.linger_timeout
             self._receive_for_close()
+            if self._relayed:
+                self._flush()
             self._advance()
             self._arm()
 
@@ -438,10 +443,10 @@ class Lifetime:
 
     def _traced(self, sock: Any) -> Any:
         """Return what stands in for a socket while it is traced. With no lock of ours, or any."""
-        if self._state == life.CLOSED:
-            rings: Any = ()
-        else:
-            rings = rings_of(self._trace, self._home.trace, self._home.engine.tracing)
+        traces = (
+            () if self._state == life.CLOSED else (self._trace, self._home.trace, self._home.engine.tracing)
+        )
+        rings = rings_of(*traces)
         return traced(TracedSocket, sock, rings, self.id, self._knobs)
 
     def _log_begin(self) -> None:
@@ -486,11 +491,7 @@ class Lifetime:
         return min(due) if due else None
 
     def _arm(self) -> None:
-        """Have `_on_time` called when something is due; a timer that comes too early finds nothing and arms
-        again.
-
-        Needs the lock.
-        """
+        """Have `_on_time` called when something is due; one that comes early arms again. Needs the lock."""
         assert self._lock._is_owned()
         if self._state >= life.JOINING:
             return

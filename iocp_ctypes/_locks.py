@@ -6,8 +6,8 @@ finalizer that closes some other object.
 
 Laws
 1. Objects whose numbers differ by a multiple of LOCKS share a lock; so no two are ever held together.
-2. Who goes through many objects does so by `lock_number`: in any other order each that shares its lock with
-   one that is in a system call costs a wait, for that and for the GIL.
+2. Who sends to many does so by `lock_number`: in any other order each that shares its lock with the one
+   another thread is at costs a wait, for that and for the GIL.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ faster than the calls can be made cost fewer calls, and not ever more time.
 
 Laws
 1. Who came first has the first turn. The caller sees to it that a connection waits for one turn at a time.
-2. A call of `execute` serves ROUND of them and hands the rest to the next, behind what others have to do.
+2. A call of `execute` serves ROUND of them and hands the rest to the next, behind what others have to do. A
+   turn runs nothing that may block: all who wait would wait for it.
 3. While somebody waits, exactly one call of `execute` is under way: it has the token.
 """
 
@@ -16,7 +17,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final
 
-#: Connections served in one call of `execute`: some milliseconds at the most.
+#: Connections served in one call of `execute`: some milliseconds, where each has a send or two.
 ROUND: Final = 32
 #: Up to so many who broadcasts sends to itself: it is done sooner, and needs no other thread.
 DIRECT_MAX: Final = 64
@@ -47,8 +48,15 @@ class Relay:
 
     def _walk(self) -> None:
         waiting = self._waiting
-        for _ in range(min(len(waiting), ROUND)):
-            waiting.popleft()()
+        try:
+            for _ in range(min(len(waiting), ROUND)):
+                waiting.popleft()()
+        finally:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """Hand the rest on, with the token, or give that back."""
+        waiting = self._waiting
         if not waiting:
             self._token.append(True)
             if not waiting or not self._take():  # somebody may have come before the token was back

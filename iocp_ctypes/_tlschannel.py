@@ -206,7 +206,7 @@ class TLSChannel(FileChannel):
             self._strand.post(function, *args)
         self._secure_flow.open()
         if self._state < life.JOINING:
-            self._flush()
+            self._send_on()
             self._advance()
             self._arm()
 
@@ -312,7 +312,7 @@ class TLSChannel(FileChannel):
                 if error is not None:
                     self._tls_failed(error)
                 elif self._secure_flow.blocked:
-                    self._flush()
+                    self._send_on()
                     self._advance()
                 if plain is not None:
                     return plain

@@ -115,6 +115,8 @@ class Connection(Detaching):
                 raise OSError(errno.EOPNOTSUPP, "a pipe cannot be closed by half: use close()")
             if not self._eof_out:
                 self._eof_out = True
+                if self._relayed:
+                    self._flush()
                 self._advance()
 
     # -- TLS ------------------------------------------------------------------------------------------------

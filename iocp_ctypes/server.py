@@ -11,6 +11,7 @@ Laws
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections import Counter, deque
@@ -322,14 +323,23 @@ class Server(Watched, Tunables, Handover):
             if self._open > self._peak:
                 self._peak = self._open
 
-    def _release(self, what: str | None) -> None:
-        """Uncount one that was admitted and does not begin, and count why, but for None."""
+    def _release(self, what: str) -> None:
+        """Uncount one that was admitted and does not begin, and count why. Any thread."""
         with self._gone_one:
             self._open -= 1
-            if what is not None:
-                self._counts[what] += 1
+            self._counts[what] += 1
             self._gone_one.notify_all()
-        self._refill()
+        self._refill_soon()
+
+    def _refill_soon(self) -> None:
+        """Let in who waits, on a thread of callbacks: this one, or soon. Any thread."""
+        if self._engine is None or (self._settings.max_connections is None and not self._parked):
+            return  # nobody waits
+        if self._is_callback_thread():
+            self._refill()
+        elif not self._stopping:
+            with contextlib.suppress(OSError):  # it has stopped meanwhile
+                self._engine.dispatcher.call_soon(self._refill)
 
     def _refill(self) -> None:
         """There may be room again: let in who waits. On a thread of callbacks."""
@@ -424,8 +434,7 @@ class Server(Watched, Tunables, Handover):
             if lost := counts.get("lost", 0):
                 self._closed[CloseReason.ABORTED.value] += lost
             self._gone_one.notify_all()
-        if self._settings.max_connections is not None and self._engine is not None and not self._stopping:
-            self._engine.dispatcher.call_soon(self._refill)
+        self._refill_soon()
 
     def _callback_failed(self, connection: Connection, exc: BaseException) -> None:
         if not isinstance(exc, Exception):
@@ -506,8 +515,9 @@ class Server(Watched, Tunables, Handover):
     def broadcast(self, data: Buffer, where: Callable[[Connection], bool] | None = None) -> int:
         """Send the same bytes to all connections, or to those for which `where` is true; never blocks.
 
-        To more than 64 they are only queued here: the I/O threads then go from one connection to the next,
-        and broadcasts that come meanwhile go out with them. The order with all else that is sent is kept.
+        To more than 64 they are queued where that can wait: the I/O threads then go from one connection to
+        the next, and broadcasts that come meanwhile go out with them. The order with all else that is sent is
+        kept.
 
         To those of this process: with `processes`, call it in a callback to reach those of its worker.
 

@@ -62,7 +62,7 @@ class Hub:
         Returns:
             How many took it: sent it or let it wait. Not: those that closed, and those that read too slowly.
 
-        Any thread; never blocks.
+        To more than 64 it is sent as `Server.broadcast` says. Any thread; never blocks.
         """
         if to is None:
             chosen = self.websockets

@@ -96,8 +96,10 @@ def exchange(server: Server, clients: list[Client], seconds: float) -> Round:
     while waiting and (now := time.perf_counter()) < limit:
         for descriptor, _events in poller.poll(0.25):
             client = known[descriptor]
-            data = without_pings(client.sock, client.sock.recv(4096))
-            if not data:
+            received = client.sock.recv(4096)
+            if not received:
+                raise ConnectionError("the server ended a connection")
+            if not (data := without_pings(client.sock, received)):
                 continue
             wrong += data != client.echo
             echoes += 1

@@ -6,13 +6,16 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from secure import client_context, server_context
 from support import PATIENCE, Echo, Recorder, ended, made, raw, read_all, read_exactly, serving, wait_until
 from wspeer import TEXT, Peer, noted, websockets
 
 from iocp_ctypes import server as server_module
+from iocp_ctypes._flow import SEND_GATHER_MAX
 from iocp_ctypes.websocket import _hub
 
 BLOCK = bytes(range(256)) * 4
@@ -91,9 +94,9 @@ def test_closing_sends_first_what_waits(by_relay: None, monkeypatch: pytest.Monk
         three.abort()
         assert ended(aborted) == "reset"
         assert server.broadcast(b"not to these") == 0
-        relay.go()
         assert read_all(closed) == BLOCK
         assert read_all(half) == BLOCK
+        relay.go()  # turns of which nothing is left
         closed.close()
         half.close()
         wait_until(lambda: not server.connections)
@@ -101,33 +104,86 @@ def test_closing_sends_first_what_waits(by_relay: None, monkeypatch: pytest.Monk
 
 
 def test_drain_follows_where_the_turn_sent_all(by_relay: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    with held(monkeypatch, high_mark=1000, low_mark=0) as (server, relay, (client,)):
+    with held(monkeypatch, low_mark=0) as (server, relay, (client,)):
         server.broadcast(BLOCK)
+        server.connections[0].high_mark = 1000
+        with server.connections[0]._lock:  # as where it was full when the turn was asked for
+            assert not server.connections[0]._flow.mark(1000)
         relay.go()
         assert made(Echo)[0].until("drain")
         assert read_exactly(client, len(BLOCK)) == BLOCK
 
 
-def test_who_does_not_read_is_cut_off(by_relay: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    with held(monkeypatch, high_mark=1000, low_mark=0, write_buffer_max=2000) as (server, relay, _clients):
-        assert server.broadcast(BLOCK) == 1
+def test_a_drain_that_blocks_holds_nobody_up(by_relay: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = threading.Event()
+
+    class Blocking(Recorder):
+        def drained(self) -> None:
+            assert gate.wait(PATIENCE)
+
+    with held(monkeypatch, Blocking, 2, low_mark=0) as (server, relay, clients):
         server.broadcast(BLOCK)
-        wait_until(lambda: server.stats().closed == {"overflow": 1})
+        for connection in server.connections:
+            with connection._lock:
+                connection._flow.above = True
+        relay.go()  # which waits for all turns
+        for client in clients:
+            assert read_exactly(client, len(BLOCK)) == BLOCK
+        gate.set()
+        for connection in server.connections:
+            connection.until("drain")
+
+
+def test_that_the_relay_is_late_is_not_the_peers_fault(
+    by_relay: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Above the high mark, or with many that wait, who broadcasts sends itself: so nobody is cut off."""
+    options = {"high_mark": 3000, "low_mark": 0, "write_buffer_max": 4000}
+    with held(monkeypatch, **options) as (server, relay, (client,)):
+        for _ in range(20):
+            assert server.broadcast(BLOCK) == 1
+        assert read_exactly(client, 18 * len(BLOCK)) == 18 * BLOCK
         relay.go()
-        assert server.broadcast(BLOCK) == 0
+        assert read_exactly(client, 2 * len(BLOCK)) == 2 * BLOCK
+        for _ in range(3 * SEND_GATHER_MAX):
+            assert server.broadcast(b"!") == 1
+        assert read_exactly(client, 2 * SEND_GATHER_MAX) == 2 * SEND_GATHER_MAX * b"!"
+        relay.go()
+        assert read_exactly(client, SEND_GATHER_MAX) == SEND_GATHER_MAX * b"!"
+        assert not made(Echo)[0].names.count("drain")
+
+
+def test_who_does_not_read_is_cut_off(by_relay: None) -> None:
+    with (
+        serving(Echo, write_buffer_max=300_000) as server,
+        raw(server.address) as reader,
+        raw(server.address),
+    ):
+        wait_until(lambda: len(server.connections) == 2)
+        while not server.stats().closed:
+            server.broadcast(bytes(100_000))
+            assert read_exactly(reader, 100_000) == bytes(100_000)
+        assert server.stats().closed == {"overflow": 1}
 
 
 def test_detaching_sends_what_waits(by_relay: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    with held(monkeypatch) as (server, _relay, (client,)):
+    class Giving(Recorder):
+        sock: Any = None
+
+        def got(self, data: bytes) -> None:
+            self.sock = self.detach(timeout=0)
+
+    with held(monkeypatch, Giving) as (server, _relay, (client,)):
         server.broadcast(BLOCK)
-        with server.connections[0].detach() as sock:
+        client.sendall(b"give it")
+        connection = made(Giving)[0]
+        connection.until("close")
+        with connection.sock as sock:
             sock.sendall(b"and then")
             assert read_exactly(client, len(BLOCK) + 8) == BLOCK + b"and then"
 
 
-def test_two_turns_at_once_are_one_connection_twice_in_a_row(
-    by_relay: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_connection_waits_for_one_turn_at_a_time(by_relay: None, monkeypatch: pytest.MonkeyPatch) -> None:
     with held(monkeypatch) as (server, relay, (client,)):
         for number in range(3):
             server.broadcast(b"%d" % number)
@@ -200,3 +256,66 @@ def test_a_websockets_messages_stay_in_order(by_relay: None, monkeypatch: pytest
         relay.go()
         for text in ("one", "two", "three"):
             peer.expect(TEXT, text)
+
+
+def test_a_subclasss_own_send_is_called(by_relay: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Framed(Echo):
+        def send(self, data: Any) -> bool:
+            return super().send(len(data).to_bytes(2, "big") + data)
+
+    with held(monkeypatch, Framed) as (server, _relay, (client,)):
+        assert server.broadcast(b"hello") == 1
+        assert read_exactly(client, 7) == b"\x00\x05hello"
+
+
+def test_between_sends_and_files(by_relay: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"<file>")
+    with held(monkeypatch) as (server, relay, (client,)):
+        (connection,) = server.connections
+        server.broadcast(b"one ")
+        connection.send_file(path)
+        server.broadcast(b" two")
+        assert read_exactly(client, 14) == b"one <file> two"
+        relay.go()
+
+
+def test_what_waits_when_tls_begins_goes_in_the_clear(
+    by_relay: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with held(monkeypatch) as (server, relay, (client,)):
+        server.broadcast(b"begin\n")
+        server.connections[0].start_tls(server_context(), server_side=True)
+        server.broadcast(b"under it")
+        relay.go()
+        assert read_exactly(client, 6) == b"begin\n"
+        with client_context().wrap_socket(client, server_hostname="localhost") as secured:
+            assert secured.recv(8) == b"under it"
+
+
+def test_on_work_threads(by_relay: None) -> None:
+    class Where(Recorder):
+        def drained(self) -> None:
+            self.thread = threading.current_thread().name
+
+    with serving(Where, work_threads=2, low_mark=0) as server, raw(server.address) as client:
+        (connection,) = made(Where)
+        connection.until("connect")
+        with connection._lock:
+            connection._flow.above = True
+        server.broadcast(BLOCK)
+        assert read_exactly(client, len(BLOCK)) == BLOCK
+        connection.until("drain")
+        assert "work" in connection.thread
+
+
+def test_stopping_sends_what_waits(by_relay: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(Echo) as server, raw(server.address) as client:
+        wait_until(lambda: len(server.connections) == 1)
+        server.connections[0].until("connect")
+        Held(server, monkeypatch)
+        server.broadcast(b"goodbye")
+        threading.Thread(target=server.stop).start()
+        assert read_all(client) == b"goodbye"
+        client.close()
+        wait_until(lambda: server.stats().closed == {"shutdown": 1})

@@ -74,14 +74,17 @@ def test_much_is_sent_before_it_is_connected_in_order(monkeypatch: pytest.Monkey
         assert made(Asked)[0].names.count("drain") == 1
 
 
-def test_what_was_queued_is_sent_by_a_close_in_on_connect() -> None:
+def test_what_was_queued_is_sent_by_a_close_in_on_connect(monkeypatch: pytest.MonkeyPatch) -> None:
     class Brief(Asked):
         def connected(self) -> None:
             self.close()
 
+    sent = threading.Event()  # before that it must not be connected
     with serving(Sink) as server:
-        connection = connect(server.address, Brief)
+        names(monkeypatch, {"late.test": lambda: sent.wait(10) and [server.address]})
+        connection = connect(("late.test", 80), Brief)
         connection.send(b"all of it")
+        sent.set()
         assert connection.wait_closed(10)
         sink = made(Sink)[0]
         sink.until("close")

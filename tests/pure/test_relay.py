@@ -61,6 +61,26 @@ def test_a_turn_never_runs_inside_add_and_may_add() -> None:
     assert seen[-1] == "later"
 
 
+def test_a_turn_that_raises_keeps_nobody_from_theirs() -> None:
+    later, seen = Later(), []
+    relay = Relay(later)
+
+    def broken() -> None:
+        raise MemoryError
+
+    relay.add(broken)
+    relay.add(lambda: seen.append(1))
+    with pytest.raises(MemoryError):
+        later.tasks.popleft()()
+    assert later.run_all() == 1
+    relay.add(broken)
+    with pytest.raises(MemoryError):
+        later.tasks.popleft()()
+    relay.add(lambda: seen.append(2))
+    assert later.run_all() == 1
+    assert seen == [1, 2]
+
+
 @pytest.mark.parametrize("threads", [1, 4])
 def test_none_is_lost_by_hammering(threads: int) -> None:
     each, seen = 5000, [0] * threads
