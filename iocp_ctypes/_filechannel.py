@@ -39,7 +39,7 @@ from ._flow import SEND_SLICE_MAX
 from ._lifecycle import CloseReason
 from ._options import KIB, Settings
 from ._proactor import COMPLETED, PENDING, Operation
-from ._sockops import error_code
+from ._sockops import RESETS_GET_LOST, error_code
 
 if TYPE_CHECKING:
     from ._deadlines import Deadline
@@ -55,6 +55,8 @@ FILE_AHEAD: Final = 256 * KIB
 FILES_MAX: Final = 256
 #: Seconds between two cancels of a TransmitFile: Wine forgets one that meets the end of a part of it.
 CANCEL_AGAIN: Final = 0.05
+#: Seconds between two looks whether the peer of a TransmitFile that waits has reset: Wine may never tell.
+LOOK_AGAIN: Final = 1.0
 #: Codes with which a provider says that it has no TransmitFile for this: the file is read instead.
 _NOT_SUPPORTED: Final = frozenset({1, 50, 120, 10045})
 
@@ -273,7 +275,11 @@ class FileChannel(BurstChannel):
         """Cancel, and let the files go. Needs the lock."""
         self._close_files()
         super()._cancel()
-        self._watch_cancel()
+        files = self._files
+        if files is not None and files.again is not None:
+            self._home.engine.watchdog.cancel(files.again)  # the next look is to be soon
+            files.again = None
+        self._watch(CANCEL_AGAIN)
 
     def _close_files(self) -> None:
         """Let the files go; the one that a call is working on goes when that is done. Needs the lock."""
@@ -287,21 +293,28 @@ class FileChannel(BurstChannel):
             if files.job is not None and not files.job.busy:
                 files.job.source.close()
 
-    def _watch_cancel(self) -> None:
-        """See to it that a TransmitFile ends that was cancelled. Needs the lock."""
+    def _watch(self, seconds: float) -> None:
+        """See to it that the TransmitFile under way ends, whatever Wine forgets. Needs the lock."""
         assert self._lock._is_owned()
         files = self._files
         if files is not None and files.job is not None and files.job.busy and files.again is None:
-            files.again = self._home.engine.watchdog.later(CANCEL_AGAIN, self._cancel_again)
+            files.again = self._home.engine.watchdog.later(seconds, self._watch_again)
 
-    def _cancel_again(self) -> None:
-        """On the watchdog's thread."""
+    def _watch_again(self) -> None:
+        """Cancel again where it was cancelled; else look for a reset. On the watchdog's thread."""
         with self._lock:
-            if self._files is not None:
-                self._files.again = None
-            if self._state == life.JOINING and self._flow.sends:
+            files = self._files
+            if files is None or not self._flow.sends:
+                return
+            files.again = None
+            if self._state == life.JOINING:
                 self._socket.cancel()
-                self._watch_cancel()
+                self._watch(CANCEL_AGAIN)
+            elif RESETS_GET_LOST and files.job is not None and files.job.busy and not files.job.by_slices:
+                if self._socket.was_reset():
+                    self._file_failed(WSAECONNRESET)
+                else:
+                    self._watch(LOOK_AGAIN)
 
     def _is_over(self, job: Job) -> bool:
         """Whether the connection, or TLS, ended under a file, which is let go then. Needs the lock."""
@@ -349,7 +362,7 @@ class FileChannel(BurstChannel):
         if code == COMPLETED:
             self._transmitted(operation, operation.InternalHigh, 0)
             return
-        # Wine never completes one that it begins after a reset.
+        # Wine never completes one that it begins after a reset, nor always one that a reset meets.
         reset = code == PENDING and sock.was_reset()
         with self._lock:
             if code == PENDING:
@@ -357,6 +370,8 @@ class FileChannel(BurstChannel):
                     self._file_failed(WSAECONNRESET)
                 elif self._state == life.JOINING:  # it ended during the call: nobody cancelled this one
                     sock.cancel()
+                elif RESETS_GET_LOST:
+                    self._watch(LOOK_AGAIN)
                 return
             self._flow.sends -= 1
             if self._is_over(job):

@@ -40,6 +40,9 @@ _RESET_ON_CLOSE: Final = _win32.LINGER(1, 0)
 #: while the operation is being carried out. Windows leaves the operations of handles with a completion port
 #: alone.
 ENDING_THREADS_DROP: Final = _win32.is_wine()
+#: Whether an operation that waits may never be told of the peer's reset, and whether WSAPoll says of it that
+#: both directions are over (POLLHUP; on Windows the peer's half-close is enough for that).
+RESETS_GET_LOST: Final = _win32.is_wine()
 
 _startup_data = ctypes.create_string_buffer(512)
 # CPython's socket module does this too; ours makes the vendored folder independent of that. Never undone: the
@@ -281,7 +284,8 @@ class OverlappedSocket:
     def was_reset(self) -> bool:
         """Whether the peer has reset the connection; for where no receive would tell."""
         entry = _win32files.WSAPOLLFD(self._handle, _win32files.POLLWRNORM)
-        return _win32files.WSAPoll(byref(entry), 1, 0) == 1 and bool(entry.revents & _win32files.POLLERR)
+        signs = _win32files.POLLERR | (_win32files.POLLHUP if RESETS_GET_LOST else 0)
+        return _win32files.WSAPoll(byref(entry), 1, 0) == 1 and bool(entry.revents & signs)
 
     # -- connecting -----------------------------------------------------------------------------------------
 

@@ -44,6 +44,7 @@ from iocp_ctypes._filechannel import (
     CANCEL_AGAIN,
     FILE_AHEAD,
     FILES_MAX,
+    LOOK_AGAIN,
     TRANSMIT_FIRST,
     TRANSMIT_MAX,
     TRANSMIT_QUICK,
@@ -605,6 +606,37 @@ def test_a_reset_that_the_call_does_not_tell_of(rig: FileRig) -> None:
     assert rig.connection.close_reason == "reset"
     assert isinstance(rig.connection.calls[-1].value, ConnectionResetError)
     rig.ended()
+
+
+def test_a_reset_that_the_waiting_call_is_never_told_of(
+    rig: FileRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wine forgets it where the reset comes while a part of the file is just being sent."""
+    monkeypatch.setattr(_filechannel, "RESETS_GET_LOST", True)
+    rig.sock.cancels_at_once = False
+    rig.serve(lambda: rig.connection.send_file(rig.small))
+    rig.advance(2 * LOOK_AGAIN)
+    assert not rig.connection.closing
+    rig.sock.reset_unseen = True
+    rig.advance(LOOK_AGAIN)
+    assert rig.connection.close_reason == "reset"
+    cancels = rig.sock.calls.count("cancel")
+    rig.advance(CANCEL_AGAIN)
+    assert rig.sock.calls.count("cancel") == cancels + 1
+    rig.sock.finish_cancel()
+    rig.run()
+    assert isinstance(rig.connection.calls[-1].value, ConnectionResetError)
+    rig.ended()
+
+
+def test_nobody_looks_where_resets_do_not_get_lost(rig: FileRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_filechannel, "RESETS_GET_LOST", False)
+    rig.serve(lambda: rig.connection.send_file(rig.small))
+    rig.sock.reset_unseen = True
+    rig.advance(10 * LOOK_AGAIN)
+    assert not rig.connection.closing
+    rig.complete()
+    assert rig.connection.names == ["connect", "drain"]
 
 
 def test_an_operation_that_the_system_dropped_ends_the_connection(rig: FileRig) -> None:
