@@ -19,6 +19,8 @@ class Side(Connection):
         with suppress(ConnectionClosedError):  # then its on_close ends this side as well
             if not self.other.send(data):
                 self.pause_reading()
+                if self.other.write_buffer_size <= self.other.low_mark:
+                    self.resume_reading()  # its on_drain came in between, on another thread
 
     def on_drain(self) -> None:
         self.other.resume_reading()

@@ -72,7 +72,11 @@ class Connection(Detaching):
         """The handshake that `start_tls` began is complete. (That of `tls=` is when on_connect comes.)"""
 
     def on_drain(self) -> None:
-        """The write queue had passed the high mark and has now fallen to the low mark: send on."""
+        """The write queue had passed the high mark and has now fallen to the low mark: send on.
+
+        Who pauses another connection until this comes looks at `write_buffer_size` after pausing: it may have
+        come in between.
+        """
 
     def on_timeout(self, kind: str) -> bool | None:
         """`idle_timeout` ("idle") or `set_deadline` ("deadline") ran out.

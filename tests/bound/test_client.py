@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from program import Program
+from secure import client_context, server_context
 from support import Echo, Recorder, made, raw, serving, wait_until
 from targets import Asked, closed_port, full_queue, names
 
@@ -72,6 +73,25 @@ def test_much_is_sent_before_it_is_connected_in_order(monkeypatch: pytest.Monkey
         assert hashlib.sha256(sink.received).digest() == hashlib.sha256(b"".join(blocks)).digest()
         made(Asked)[0].check()
         assert made(Asked)[0].names.count("drain") == 1
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_what_went_at_once_when_it_was_connected_ends_with_on_drain(
+    monkeypatch: pytest.MonkeyPatch, tls: bool
+) -> None:
+    """It is more than the high mark, and yet no packet of a send tells that it has gone."""
+    go = threading.Event()
+    secured = {"tls": client_context(), "server_hostname": "localhost"} if tls else {}
+    with serving(Sink, tls=server_context() if tls else None) as server:
+        names(monkeypatch, {"late.test": lambda: go.wait(10) and [server.address]})
+        connection = connect(("late.test", 80), Asked, **secured)
+        assert connection.send(bytes(40_000))
+        assert not connection.send(bytes(40_000))
+        go.set()
+        made(Asked)[0].until("drain")
+        assert connection.send(b"on it goes")
+        connection.close()
+        wait_until(lambda: len(made(Sink)[0].received) == 80_010)
 
 
 def test_what_was_queued_is_sent_by_a_close_in_on_connect(monkeypatch: pytest.MonkeyPatch) -> None:
