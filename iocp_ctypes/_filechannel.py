@@ -304,9 +304,11 @@ class FileChannel(BurstChannel):
         """Cancel again where it was cancelled; else look for a reset. On the watchdog's thread."""
         with self._lock:
             files = self._files
-            if files is None or not self._flow.sends:
+            if files is None:
                 return
             files.again = None
+            if not self._flow.sends:
+                return  # it is done; the next has looks of its own
             if self._state == life.JOINING:
                 self._socket.cancel()
                 self._watch(CANCEL_AGAIN)

@@ -177,9 +177,7 @@ class Lifetime:
         self._timer: Deadline | None = None
         self._deadline: float | None = None
         self._linger_due: float | None = None
-        self._relayed = (
-            0  # buffers queued since it waits for its turn in the relay of the engine; 0: it does not
-        )
+        self._relayed = 0  # buffers queued while it waits for its turn in the relay; 0: it does not wait
         self._retry_due: float | None = None
         self._retry_delay = RETRY_FIRST
         self._short: Recovery | None = None  # while a cap is less than was assigned
@@ -443,10 +441,9 @@ class Lifetime:
 
     def _traced(self, sock: Any) -> Any:
         """Return what stands in for a socket while it is traced. With no lock of ours, or any."""
-        traces = (
-            () if self._state == life.CLOSED else (self._trace, self._home.trace, self._home.engine.tracing)
-        )
-        rings = rings_of(*traces)
+        rings: Any = ()
+        if self._state != life.CLOSED:
+            rings = rings_of(self._trace, self._home.trace, self._home.engine.tracing)
         return traced(TracedSocket, sock, rings, self.id, self._knobs)
 
     def _log_begin(self) -> None:

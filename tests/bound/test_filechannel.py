@@ -629,6 +629,18 @@ def test_a_reset_that_the_waiting_call_is_never_told_of(
     rig.ended()
 
 
+def test_the_second_file_is_looked_after_as_well(rig: FileRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_filechannel, "RESETS_GET_LOST", True)
+    rig.serve(lambda: rig.connection.send_file(rig.small))
+    rig.complete()
+    rig.advance(2 * LOOK_AGAIN)
+    rig.serve(lambda: rig.connection.send_file(rig.small))
+    rig.sock.reset_unseen = True
+    rig.advance(LOOK_AGAIN)
+    assert rig.connection.close_reason == "reset"
+    rig.ended()
+
+
 def test_nobody_looks_where_resets_do_not_get_lost(rig: FileRig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_filechannel, "RESETS_GET_LOST", False)
     rig.serve(lambda: rig.connection.send_file(rig.small))
