@@ -21,8 +21,8 @@ def test_connecting_talking_closing(io_threads: int) -> None:
     name = new_name()
     with serving(Echo, name, io_threads=io_threads) as server:
         client = connect(name, Asked)
-        assert client.peer_address == (name, 0)
-        client.send(b"hello")  # before it is connected
+        assert client.peer_address[0] == name  # the number is 0 until it is connected
+        client.send(b"hello")  # before it is connected, or a moment after
         wait_until(lambda: client.received == b"hello")
         assert client.peer_address[0] == name
         assert client.peer_address == client.local_address

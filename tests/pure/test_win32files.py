@@ -56,6 +56,7 @@ CONSTANTS = {
     "SECURITY_IDENTIFICATION": 1 << 16,  # SecurityIdentification << 16
     "FILE_TYPE_DISK": 1,
     "POLLERR": 1,
+    "POLLHUP": 2,
     "POLLWRNORM": 0x10,
     "DUPLICATE_SAME_ACCESS": 2,
     "PIPE_ACCESS_DUPLEX": 3,
