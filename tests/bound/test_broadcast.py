@@ -87,11 +87,11 @@ def test_broadcasts_before_a_turn_go_out_in_one_send(by_relay: None, monkeypatch
 
 def test_closing_sends_first_what_waits(by_relay: None, monkeypatch: pytest.MonkeyPatch) -> None:
     with held(monkeypatch, clients=3) as (server, relay, (closed, half, aborted)):
-        one, two, three = sorted(server.connections, key=lambda connection: connection.id)
+        of = {connection.peer_address: connection for connection in server.connections}
         assert server.broadcast(BLOCK) == 3
-        one.close()
-        two.send_eof()
-        three.abort()
+        of[closed.getsockname()].close()
+        of[half.getsockname()].send_eof()
+        of[aborted.getsockname()].abort()
         assert ended(aborted) == "reset"
         assert server.broadcast(b"not to these") == 0
         assert read_all(closed) == BLOCK
