@@ -42,7 +42,7 @@ PEER_GONE: Final = frozenset({10051, 10053, 10054, 10057, 10060, 10065})
 FAILURES_IN_ROW: Final = 2
 #: AcceptEx operations retired, and replaced, in a row, and connections that begin: then the packets that came
 #: meanwhile are served, those of who is there.
-RETIRED_IN_ROW: Final = 8
+RETIRED_IN_ROW: Final = 4
 BEGUN_IN_ROW: Final = 1
 #: Connections that wait to begin; above it no AcceptEx is replaced, and the kernel's queue fills.
 ARRIVED_MAX: Final = 1024

@@ -215,7 +215,8 @@ def test_after_a_few_in_a_row_the_others_have_their_turn(alone: bool) -> None:
         turns.append((len(bench.accepted), bench.open))
     step = RETIRED_IN_ROW if alone else BEGUN_IN_ROW
     begun = [len_ for len_, _taken in turns]
-    assert [taken for _begun, taken in turns[:3]] == [16, 24, 30]
+    taken_by_turn = [min(30, RETIRED_IN_ROW * (turn + 2)) for turn in range(len(turns))]
+    assert [taken for _begun, taken in turns] == taken_by_turn
     assert begun[0] <= BEGUN_IN_ROW + step
     assert all(after - before <= step for before, after in itertools.pairwise(begun))
     assert [len(first) for first in bench.accepted] == [*range(30)]
@@ -236,6 +237,7 @@ def test_who_comes_alone_begins_at_once() -> None:
 
 def test_as_many_as_may_wait_are_taken_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_acceptor, "ARRIVED_MAX", 5)
+    monkeypatch.setattr(_acceptor, "RETIRED_IN_ROW", 8)
     bench = Bench(cap=3)
     bench.patient = True
     levels = []
@@ -294,13 +296,13 @@ def test_all_that_a_turn_takes_is_replaced_before_a_callback_runs(status: int) -
     bench.patient = True
     for _ in range(RETIRED_IN_ROW):
         bench.listening.complete(status)
-    for _ in range(5):
+    for _ in range(RETIRED_IN_ROW):
         bench.listening.complete()
     seen = []
     bench.pool._accepted = lambda _sock, _first: seen.append(
         (bench.open, bench.pool.usage.in_use, len(bench.calls))
     )
-    expected = 5 if status else RETIRED_IN_ROW + 5
+    expected = RETIRED_IN_ROW * (1 if status else 2)
     bench.came += 1  # else nobody waits for a turn, and more begin
     bench.calls.pop(0)()
     assert seen == [(expected, 30, 1)]
