@@ -5,7 +5,8 @@ block, so thousands of objects do with a few. Reentrant, because a garbage colle
 finalizer that closes some other object.
 
 Laws
-1. Objects whose numbers differ by a multiple of LOCKS share a lock; so no two are ever held together.
+1. Objects whose numbers differ by a multiple of LOCKS share a lock. Nobody holds two of one kind at a time:
+   in the other order they would be a deadlock.
 2. Who sends to many does so by `lock_number`: in any other order each that shares its lock with the one
    another thread is at costs a wait, for that and for the GIL.
 """

@@ -4,32 +4,21 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
 
 import pytest
+from test_strand import Later, Task
 
 from iocp_ctypes._relay import ROUND, Relay
 
-Task = Callable[[], None]
 
-
-class Later:
-    """An executor that runs what it was given when the test says so."""
-
-    def __init__(self) -> None:
-        self.tasks: deque[Task] = deque()
-
-    def __call__(self, task: Task) -> None:
-        self.tasks.append(task)
-
-    def run_all(self) -> int:
-        """Run it, and what comes of it; return how many calls that were."""
-        calls = 0
-        while self.tasks:
-            assert len(self.tasks) == 1, "one call under way at a time"
-            self.tasks.popleft()()
-            calls += 1
-        return calls
+def run_all(later: Later) -> int:
+    """Run what the executor was given, and what comes of it; return how many calls that were."""
+    calls = 0
+    while later.tasks:
+        assert len(later.tasks) == 1, "one call under way at a time"
+        later.run_one()
+        calls += 1
+    return calls
 
 
 def test_turns_come_in_order_and_in_rounds() -> None:
@@ -38,9 +27,9 @@ def test_turns_come_in_order_and_in_rounds() -> None:
     for number in range(2 * ROUND + 1):
         relay.add(lambda number=number: seen.append(number))
     assert not seen
-    later.tasks.popleft()()
+    later.run_one()
     assert seen == list(range(ROUND))
-    assert later.run_all() == 2
+    assert run_all(later) == 2
     assert seen == list(range(2 * ROUND + 1))
 
 
@@ -54,10 +43,10 @@ def test_a_turn_never_runs_inside_add_and_may_add() -> None:
         seen.append("added")
 
     relay.add(again)
-    assert later.run_all() == 2
+    assert run_all(later) == 2
     assert seen == ["again", "added", "once more"]
     relay.add(lambda: seen.append("later"))
-    assert later.run_all() == 1, "the token came back"
+    assert run_all(later) == 1, "the token came back"
     assert seen[-1] == "later"
 
 
@@ -71,13 +60,13 @@ def test_a_turn_that_raises_keeps_nobody_from_theirs() -> None:
     relay.add(broken)
     relay.add(lambda: seen.append(1))
     with pytest.raises(MemoryError):
-        later.tasks.popleft()()
-    assert later.run_all() == 1
+        later.run_one()
+    assert run_all(later) == 1
     relay.add(broken)
     with pytest.raises(MemoryError):
-        later.tasks.popleft()()
+        later.run_one()
     relay.add(lambda: seen.append(2))
-    assert later.run_all() == 1
+    assert run_all(later) == 1
     assert seen == [1, 2]
 
 
