@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from . import placement
 from .drive import drive
 from .hotspots import profile
 from .report import Header, Record, as_json, headline, table
@@ -85,9 +86,10 @@ def order(names: Sequence[str], turn: int) -> list[str]:
 class Bench:
     """The servers of a run, and what was measured of them."""
 
-    def __init__(self, kinds: Sequence[Kind], starter: Starter, options: argparse.Namespace) -> None:
+    def __init__(self, kinds: Sequence[Kind], starter: Starter, options: argparse.Namespace,
+                 processors: Sequence[int] | None = None) -> None:
         token = secrets.token_hex(8)
-        self.servers = {kind.name: Server(kind, starter, token) for kind in kinds}
+        self.servers = {kind.name: Server(kind, starter, token, processors) for kind in kinds}
         self.records: list[Record] = []
         self._options = options
         self._stale: set[str] = set()  # to be started again before the next measure
@@ -184,6 +186,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, help="length of a measured window (default: 1.5, or 0.6)")
     parser.add_argument("--minutes", type=float,
                         help="begin no round that would end later (default: 6, or 1.5)")
+    parser.add_argument("--placement", choices=placement.CHOICES, default="split", help=placement.HELP)
     parser.add_argument("--quick", action="store_true", help="fewer, shorter rounds: a minute and a half")
     parser.add_argument("--profile", metavar="NAME",
                         help="measure nothing; show where this server's time goes (Python 3.11 only)")
@@ -225,12 +228,13 @@ def chosen(command: argparse.ArgumentParser, option: str, text: str, known: Sequ
     return names
 
 
-def describe(starter: Starter, options: argparse.Namespace, kinds: Sequence[Kind]) -> Header:
+def describe(starter: Starter, options: argparse.Namespace, kinds: Sequence[Kind],
+             processors: Sequence[int] | None) -> Header:
     """Returns: what one must know to read the figures."""
     return Header(
         python=version_line(starter), wine=wine_version(starter), load_generator=platform.python_version(),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
-        processors=os.cpu_count() or 0, load_average=busy(),
+        processors=os.cpu_count() or 0, placement=placement.described(processors), load_average=busy(),
         started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         rounds=options.rounds, seconds=options.seconds, quick=options.quick,
         servers={kind.name: " ".join(("python", *kind.arguments)) for kind in kinds},
@@ -257,8 +261,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         kind = next(kind for kind in kinds if kind.name == options.profile)
         print(profile(kind, starter, PROFILE_CLIENTS, options.seconds))
         return 0
-    header = describe(starter, options, kinds)
-    bench = Bench(kinds, starter, options)
+    processors = placement.take_sides(options.placement)
+    header = describe(starter, options, kinds, processors)
+    bench = Bench(kinds, starter, options, processors)
     started = time.monotonic()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the servers must not stay behind
     interrupted = False

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 if __name__ == "__main__":  # as a program it finds its package first
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench import placement
 from bench.servers import Kind, Server, make_starter, version_line
 from bench.usage import cpu
 
@@ -108,6 +109,7 @@ def main() -> int:
     """Returns: 0; with --check 1 on a loss or a ratio that is too small."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--python", help="version of the Windows Python (under Wine)")
+    parser.add_argument("--placement", choices=placement.CHOICES, default="split", help=placement.HELP)
     parser.add_argument("--native", action="store_true", help="run asyncio's on this Python (to try it out)")
     parser.add_argument("--io-threads", type=int, default=0, help="of ours (default: as the library's)")
     parser.add_argument("--depth", type=int, default=8, help="datagrams under way (default: %(default)s)")
@@ -120,7 +122,8 @@ def main() -> int:
         Kind(OURS, ("-m", "bench.peers.datagram_ours", str(options.io_threads))),
         Kind(THEIRS, ("-m", "bench.peers.datagram_asyncio")),
     )
-    servers = {kind.name: Server(kind, starter, secrets.token_hex(8)) for kind in kinds}
+    processors = placement.take_sides(options.placement)
+    servers = {kind.name: Server(kind, starter, secrets.token_hex(8), processors) for kind in kinds}
     results: dict[str, list[Round]] = {name: [] for name in servers}
     try:
         for server in servers.values():
@@ -133,6 +136,7 @@ def main() -> int:
         for server in servers.values():
             server.end()
     print(f"{version_line(starter)}, depth {options.depth}, {options.rounds} rounds")
+    print(placement.described(processors))
     print(report(results))
     ratio = statistics.median(
         one.rate / max(1e-9, other.rate) for one, other in zip(results[OURS], results[THEIRS], strict=True)

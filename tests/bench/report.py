@@ -44,6 +44,7 @@ class Header:
     load_generator: str
     system: str
     processors: int
+    placement: str
     load_average: str
     started: str
     rounds: int
@@ -180,7 +181,7 @@ def _heading(header: Header) -> list[str]:
     return [
         f"servers: Python {header.python}{wine}; load generator: Python {header.load_generator}",
         f"machine: {header.system}, {header.processors} processors, "
-        f"load average {header.load_average}",
+        f"load average {header.load_average}; {header.placement}",
         f"rounds: {header.rounds}, windows of {header.seconds:g} s{', quick' if header.quick else ''}; "
         f"started {header.started}",
         *(f"{name}: {command}" for name, command in header.servers.items()),

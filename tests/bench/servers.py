@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .cycle import Address
+from .placement import move
 from .usage import Watched, command_line, marked_processes, process_name
 
 TESTS = Path(__file__).resolve().parent.parent
@@ -121,10 +122,15 @@ class NotStarted(Exception):
 
 
 class Server:
-    """One server of the comparison. Not thread-safe; its output is read by a thread of its own."""
+    """One server of the comparison, on `processors` where given: see `placement.py`.
 
-    def __init__(self, kind: Kind, starter: Starter, token: str) -> None:
+    Not thread-safe; its output is read by a thread of its own.
+    """
+
+    def __init__(self, kind: Kind, starter: Starter, token: str,
+                 processors: Sequence[int] | None = None) -> None:
         self.kind = kind
+        self._processors = processors
         self._starter = starter
         self._token = f"{token}-{kind.name}"
         self._process: subprocess.Popen[bytes] | None = None
@@ -166,6 +172,8 @@ class Server:
             self.end()
             raise NotStarted(self.last_words())
         self._wineserver = wineservers(environment)
+        watched = self.watched()
+        move(watched.server + watched.wineserver, self._processors)
 
     def watched(self) -> Watched:
         """Returns: the processes whose use counts for this server; a server may have several of its own."""

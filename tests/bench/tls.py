@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 if __name__ == "__main__":  # as a program it finds its package first
     sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parents[2])]
 
+from bench import placement
 from bench.cycle import Address
 from bench.load import Client, _exchange
 from bench.pollers import READ, make_poller
@@ -159,6 +160,7 @@ def main() -> int:
     """Returns: 0; with --check 1 on a failure or a ratio that is too small."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--python", help="version of the Windows Python (under Wine)")
+    parser.add_argument("--placement", choices=placement.CHOICES, default="split", help=placement.HELP)
     parser.add_argument("--native", action="store_true", help="run asyncio's on this Python (to try it out)")
     parser.add_argument("--ours", default="", metavar="OPTIONS", help="further options of our echo command")
     parser.add_argument("--rounds", type=int, default=7, help="default: %(default)s")
@@ -178,7 +180,8 @@ def main() -> int:
             ours(OURS, ("--tls-cert", str(path), *options.ours.split())),
             Kind(THEIRS, ("-m", "bench.peers.asyncio_tls", str(path))),
         )
-        servers = {kind.name: Server(kind, starter, secrets.token_hex(8)) for kind in kinds}
+        processors = placement.take_sides(options.placement)
+        servers = {kind.name: Server(kind, starter, secrets.token_hex(8), processors) for kind in kinds}
         for server in servers.values():
             stack.callback(server.end)
             server.start()
@@ -190,6 +193,7 @@ def main() -> int:
                     one = measured(server.address, options.seconds, server.watched())
                     results[measure][name].append(one)
     print(f"{version_line(starter)}, {ssl.OPENSSL_VERSION} at the clients, {options.rounds} rounds")
+    print(placement.described(processors))
     for measure, found in results.items():
         print(report(measure, found))
     failed = any(one.failures for found in results.values() for one in found[OURS])

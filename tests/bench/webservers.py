@@ -23,6 +23,7 @@ from pathlib import Path
 if __name__ == "__main__":  # as a program it finds its package first
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench import placement
 from bench.servers import Kind, Server, make_starter, version_line
 from bench.usage import cpu
 
@@ -171,6 +172,7 @@ def main() -> int:
     """Returns: 0; with --check 1 where a server failed or a goal is missed."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--python", help="version of the Windows Python (under Wine)")
+    parser.add_argument("--placement", choices=placement.CHOICES, default="split", help=placement.HELP)
     parser.add_argument("--native", action="store_true", help="run on this Python (to try it out)")
     parser.add_argument("--measure", choices=list(WANTED), default="small", help="default: %(default)s")
     parser.add_argument("--servers", default="ours,waitress,uvicorn", help="default: %(default)s")
@@ -191,7 +193,8 @@ def main() -> int:
         chosen = [every[name] for name in options.servers.split(",") if what == "small" or name != "uvicorn"]
         packages = sorted({package for kind in chosen for package in kind.packages})
         starter = make_starter(options.python, packages, options.native)
-        servers = {kind.name: Server(kind, starter, secrets.token_hex(8)) for kind in chosen}
+        processors = placement.take_sides(options.placement)
+        servers = {kind.name: Server(kind, starter, secrets.token_hex(8), processors) for kind in chosen}
         results: dict[str, list[Round]] = {name: [] for name in servers}
         try:
             for server in servers.values():
@@ -208,6 +211,7 @@ def main() -> int:
                 server.end()
     text, good = report(results, what)
     print(f"{version_line(starter)}, {clients} clients, {options.rounds} rounds, measure {what}")
+    print(placement.described(processors))
     print(text)
     return 1 if options.check and not good else 0
 

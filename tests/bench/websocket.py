@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 if __name__ == "__main__":  # as a program it finds its package first
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from bench import placement
 from bench.datagrams import middle
 from bench.pollers import READ, make_poller
 from bench.servers import Kind, Server, make_starter, version_line
@@ -146,6 +147,7 @@ def main() -> int:
     """Returns: 0; with --check 1 on a wrong echo or a goal that is missed."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--python", help="version of the Windows Python (under Wine)")
+    parser.add_argument("--placement", choices=placement.CHOICES, default="split", help=placement.HELP)
     parser.add_argument("--native", action="store_true", help="run theirs on this Python (to try it out)")
     parser.add_argument("--io-threads", type=int, default=0, help="of ours (default: as the library's)")
     parser.add_argument("--clients", type=int, default=64, help="default: %(default)s")
@@ -158,7 +160,8 @@ def main() -> int:
         Kind(OURS, ("-m", "bench.peers.websocket_ours", str(options.io_threads))),
         Kind(THEIRS, ("-m", "bench.peers.websocket_asyncio")),
     )
-    servers = {kind.name: Server(kind, starter, secrets.token_hex(8)) for kind in kinds}
+    processors = placement.take_sides(options.placement)
+    servers = {kind.name: Server(kind, starter, secrets.token_hex(8), processors) for kind in kinds}
     results: dict[str, list[Round]] = {name: [] for name in servers}
     clients: dict[str, list[Client]] = {}
     try:
@@ -173,6 +176,7 @@ def main() -> int:
         for server in servers.values():
             server.end()
     print(f"{version_line(starter)}, {options.clients} clients, {options.rounds} rounds")
+    print(placement.described(processors))
     print(report(results))
     rates, used = ratios(results)
     missed = statistics.median(rates) < RATE_WANTED or bool(used and statistics.median(used) > CPU_WANTED)

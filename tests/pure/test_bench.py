@@ -18,8 +18,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import command, hotspots, load, report, tls, usage
+from bench import command, hotspots, load, placement, report, tls, usage
 from bench.cycle import Address, Cycle, payload
+from bench.servers import Kind, NativePython, Server
 from secure import server_context
 
 
@@ -200,7 +201,7 @@ def test_each_round_visits_each_server_once_in_another_order(count: int) -> None
     assert {visit[0] for visit in orders} == {visit[-1] for visit in orders} == set(names)
 
 
-HEADER = report.Header("3.12", None, "3.11", "System", 2, "0.0", "2000-01-01", 2, 1.0, False,
+HEADER = report.Header("3.12", None, "3.11", "System", 2, "anywhere", "0.0", "2000-01-01", 2, 1.0, False,
                        {"ours": "python ours", "asyncio": "python asyncio"})
 
 
@@ -318,3 +319,39 @@ def test_variants_of_ours_are_servers_of_their_own() -> None:
     assert [kind.name for kind in kinds] == ["ours", "two", "asyncio"]
     assert kinds[1].arguments[-2:] == ("--io-threads", "2")
     assert [measure.name for measure in measures] == ["echo64", "bulk"]
+
+
+@pytest.mark.parametrize(("processors", "servers", "generator"),
+                         [({0, 1}, [0], [1]), ({5, 2, 3}, [2], [3, 5]), ({4}, [4], [4])])
+def test_servers_get_one_processor_and_the_load_generator_the_others(
+        processors: set[int], servers: list[int], generator: list[int]) -> None:
+    assert placement.sides(processors) == (servers, generator)
+
+
+def test_free_placement_moves_nothing() -> None:
+    assert placement.take_sides("free") is None
+    placement.move([os.getpid()], None)
+    assert "left to the system" in placement.described(None)
+
+
+if sys.platform == "linux":
+
+    @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="with one processor there are no two sides")
+    def test_a_server_is_moved_with_all_its_threads_and_the_load_generator_away_from_it() -> None:
+        before = os.sched_getaffinity(0)
+        kind = Kind("threading", ("-m", "bench.peers.threading_server"))
+        try:
+            processors = placement.take_sides("split")
+            assert processors is not None
+            server = Server(kind, NativePython(), "placed", processors)
+            server.start()
+            try:
+                (pid,) = server.watched().server
+                tasks = [int(task.name) for task in Path(f"/proc/{pid}/task").iterdir()]
+                assert tasks
+                assert all(os.sched_getaffinity(task) == set(processors) for task in tasks)
+                assert os.sched_getaffinity(0) == before - set(processors)
+            finally:
+                server.end()
+        finally:
+            os.sched_setaffinity(0, before)
