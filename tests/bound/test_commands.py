@@ -142,7 +142,7 @@ def test_echo_prints_a_line_of_figures_every_few_seconds(
     pattern = (
         r"(\d+) connections \(peak \d+\), \d+ accepted, 0 failed, 0 refused, 0 reaped;"
         r" \d+ receives/s, \d+\.\d\d MiB/s in, \d+\.\d\d MiB/s out;"
-        r" backlog \d+ of 64, 0 sends in flight, 0 bytes queued, \d+\.\d packets/reap"
+        r" backlog \d+ of 64, \d+ sends in flight, \d+ bytes queued, \d+\.\d packets/reap"
     )
     assert figures
     assert all(re.fullmatch(pattern, line) for line in figures), figures

@@ -489,8 +489,11 @@ def test_broadcast() -> None:
 
 def test_reading_pauses_with_plaintext_that_has_come() -> None:
     class Pausing(Recorder):
+        pauses = 0
+
         def got(self, data: bytes) -> None:
             self.pause_reading()
+            self.pauses += 1
 
     with (
         serving(Pausing, tls=SERVER, recv_mode="flow", recv_size=1000) as server,
@@ -502,7 +505,7 @@ def test_reading_pauses_with_plaintext_that_has_come() -> None:
             count = 0
             while len(connection.received) < len(data):
                 count += 1
-                connection.until("data", count)
+                wait_until(lambda wanted=count: connection.pauses == wanted)
                 assert connection.names.count("data") == count
                 connection.resume_reading()
         assert connection.received == data
