@@ -27,12 +27,12 @@ from ._errors import WSA_IO_PENDING
 #: The steps of an operation, and a call that is none.
 SUBMIT, RETIRE, CALL = "submit", "retire", "call"
 
-#: Counters of the file: the name of the track, the field of the record.
+#: Counters of the file: name and series, which Perfetto shows as one name, and the field of the record.
 COUNTERS: Final = (
-    ("backlog in use", "backlog"),
-    ("sendcap in use", "sendcap"),
-    ("recvburst in use", "recvburst"),
-    ("queue bytes", "queued"),
+    ("backlog", "in use", "backlog"),
+    ("sendcap", "in use", "sendcap"),
+    ("recvburst", "in use", "recvburst"),
+    ("queue", "bytes", "queued"),
 )
 
 
@@ -156,7 +156,9 @@ def _told(record: TraceRecord) -> dict[str, Any]:
     told: dict[str, Any] = {"connection": record.connection}
     if record.number:
         told |= {"operation": record.number, "bytes": record.bytes, "status": status_text(record)}
-    told |= {field: value for _name, field in COUNTERS if (value := getattr(record, field)) is not None}
+    for _name, _series, field in COUNTERS:
+        if (value := getattr(record, field)) is not None:
+            told[field] = value
     return told
 
 
@@ -172,11 +174,11 @@ def status_text(record: TraceRecord) -> str:
 def _counters(records: list[TraceRecord], pid: int, begin: int) -> Iterator[dict[str, Any]]:
     """What is in use, summed over all that are in the records: what was last known of each counts."""
     last: dict[tuple[str, int], int] = {}
-    totals = {field: 0 for _name, field in COUNTERS}
+    totals = {field: 0 for _name, _series, field in COUNTERS}
     shown = dict.fromkeys(totals, -1)  # so that the first value is written
     for record in sorted(records, key=lambda record: record.time_ns + record.duration_ns):
         at = _microseconds(record.time_ns + record.duration_ns - begin)
-        for name, field in COUNTERS:
+        for name, series, field in COUNTERS:
             value: int | None = getattr(record, field)
             if value is None:
                 continue
@@ -184,7 +186,7 @@ def _counters(records: list[TraceRecord], pid: int, begin: int) -> Iterator[dict
             last[field, record.connection] = value
             if totals[field] != shown[field]:
                 shown[field] = totals[field]
-                told = {"value": totals[field]}
+                told = {series: totals[field]}
                 yield {"ph": "C", "name": name, "cat": "knobs", "pid": pid, "tid": 0, "ts": at, "args": told}
 
 

@@ -9,6 +9,8 @@ not, 2 where there is no browser.
 from __future__ import annotations
 
 import argparse
+import base64
+import contextlib
 import itertools
 import json
 import re
@@ -18,12 +20,16 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import IO, Any
 
 import windows
 from websockets.sync.client import ClientConnection, connect
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+#: Nothing but what a page asks for, so that it starts the same with and without a network.
+QUIET = ("--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync")
 PATIENCE_S = 60.0
 SAY = """(() => { const say = document.getElementById("say"); say.value = %s;
 document.forms[0].requestSubmit(); })()"""
@@ -86,9 +92,17 @@ class Page:
         self._session = session
 
     def run(self, script: str) -> Any:
-        """Run a script in the page; returns its value."""
-        answer = self._browser.ask("Runtime.evaluate", self._session, expression=script, returnByValue=True)
+        """Run a script in the page; returns its value, that of a promise when it is kept."""
+        told = {"expression": script, "returnByValue": True, "awaitPromise": True}
+        answer = self._browser.ask("Runtime.evaluate", self._session, **told)
+        if "exceptionDetails" in answer:
+            raise RuntimeError(f"the page raised {answer['exceptionDetails']}")
         return answer["result"].get("value")
+
+    def picture(self, path: Path) -> None:
+        """Write what the page shows as a PNG."""
+        shot = self._browser.ask("Page.captureScreenshot", self._session)
+        path.write_bytes(base64.b64decode(shot["data"]))
 
     def until(self, *texts: str) -> list[str]:
         """Wait until the page shows lines that end like these; returns all its lines."""
@@ -100,6 +114,37 @@ class Page:
             if time.monotonic() > limit:
                 raise RuntimeError(f"the page shows {lines}, not {texts}")
             time.sleep(0.05)
+
+
+def find_browser(named: str | None) -> str | None:
+    """The program that is named, or the first there is; None: there is none."""
+    return named or next(filter(None, map(shutil.which, BROWSERS)), None)
+
+
+@contextlib.contextmanager
+def browsing(program: str) -> Iterator[Browser]:
+    """A browser without a screen, with a profile of its own, for a `with` block; it always ends."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        arguments = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        arguments += ["--remote-debugging-port=0", f"--user-data-dir={profile}", *QUIET, "about:blank"]
+        process = subprocess.Popen(
+            [program, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            assert process.stdout
+            url = line_of(process.stdout, r"DevTools listening on (ws://\S+)")
+            with connect(url, max_size=None) as connection:
+                browser = Browser(connection)
+                yield browser
+                browser.ask("Browser.close")
+            process.wait(PATIENCE_S)
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
 
 
 def talk(browser: Browser, url: str) -> None:
@@ -123,7 +168,7 @@ def main() -> int:
     parser.add_argument("--python", help="a tag as of tests/windows.py, for example 3.13t")
     parser.add_argument("--chromium", help="the browser (default: the first found)")
     options = parser.parse_args()
-    program = options.chromium or next(filter(None, map(shutil.which, BROWSERS)), None)
+    program = find_browser(options.chromium)
     if program is None:
         print("browser.py: there is no Chromium: --chromium names one", file=sys.stderr)
         return 2
@@ -135,34 +180,16 @@ def main() -> int:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        arguments = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-        arguments += ["--remote-debugging-port=0", f"--user-data-dir={profile}", "about:blank"]
-        process = None
-        try:
-            address = line_of(server.stdout, r"listening on (\S+)")  # type: ignore[arg-type]
-            process = subprocess.Popen(
-                [program, *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-            )
-            assert process.stdout
-            url = line_of(process.stdout, r"DevTools listening on (ws://\S+)")
-            with connect(url, max_size=None) as connection:
-                browser = Browser(connection)
-                print(f"   {browser.ask('Browser.getVersion')['product']} at http://{address}/")
-                talk(browser, f"http://{address}/")
-                browser.ask("Browser.close")
-            process.wait(PATIENCE_S)
-        except (RuntimeError, OSError) as problem:
-            print(f"FAILED: {problem}", file=sys.stderr)
-            return 1
-        finally:
-            if process is not None and process.poll() is None:
-                process.kill()
-                process.wait()
-            server.end()
+    try:
+        address = line_of(server.stdout, r"listening on (\S+)")  # type: ignore[arg-type]
+        with browsing(program) as browser:
+            print(f"   {browser.ask('Browser.getVersion')['product']} at http://{address}/")
+            talk(browser, f"http://{address}/")
+    except (RuntimeError, OSError) as problem:
+        print(f"FAILED: {problem}", file=sys.stderr)
+        return 1
+    finally:
+        server.end()
     print("two pages have seen each other's messages")
     return 0
 

@@ -32,7 +32,7 @@ class Seen:
 
     threads: dict[int, str] = dataclasses.field(default_factory=dict)  # names by tid
     slices: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    counters: dict[str, list[float]] = dataclasses.field(default_factory=dict)  # values by name, in order
+    counters: dict[str, list[float]] = dataclasses.field(default_factory=dict)  # values by name and series
     arrows: int = 0
 
     @property
@@ -145,11 +145,11 @@ class _Reader:
 
     def counter(self, event: dict[str, Any]) -> None:
         self.when(event, event["name"])
-        ((_key, value),) = event["args"].items()  # Perfetto refuses a file with more
+        ((series, value),) = event["args"].items()  # Perfetto makes a counter of each
         assert type(value) in (int, float), event
         assert math.isfinite(value), event
         assert value >= 0, event
-        self.seen.counters.setdefault(event["name"], []).append(value)
+        self.seen.counters.setdefault(f"{event['name']} {series}", []).append(value)
 
     def end(self) -> None:
         assert self.processes == 1, "one name for the process"

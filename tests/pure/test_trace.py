@@ -137,7 +137,7 @@ def test_counters_are_sums_of_what_was_last_known() -> None:
 
 def test_a_counter_is_told_when_its_step_ended() -> None:
     events = list(trace_events([record(1000, took=500, sendcap=1), record(1200, took=100, sendcap=2)], 1))
-    told = [(event["ts"], event["args"]["value"]) for event in events if event["ph"] == "C"]
+    told = [(event["ts"], event["args"]["in use"]) for event in events if event["ph"] == "C"]
     assert told == [(0.3, 2), (0.5, 1)]
 
 
