@@ -827,7 +827,7 @@ def test_broadcast_cuts_off_who_does_not_read() -> None:
 
 
 def test_pause_and_resume_accepting() -> None:
-    with serving(Echo) as server, clients_of(server, 1) as (inside,):
+    with serving(Echo, backlog=64) as server, clients_of(server, 1) as (inside,):
         server.pause_accepting()
         wait_until(lambda: server.backlog.in_use == 0)
         with raw(server.address) as waiting:  # the kernel's queue takes it
@@ -897,7 +897,7 @@ def test_connections_is_a_snapshot() -> None:
 
 
 def test_stats_count_and_return_to_zero() -> None:
-    with serving(Echo, io_threads=1) as server:
+    with serving(Echo, io_threads=1, backlog=64) as server:
         fresh = server.stats()
         assert (fresh.connections, fresh.accepted, fresh.bytes_received, fresh.last_accept) == (0, 0, 0, None)
         assert fresh.backlog == Usage(64, 64)
