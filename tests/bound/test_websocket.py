@@ -562,12 +562,12 @@ def test_a_peer_that_answers_lives_and_its_latency_is_known() -> None:
 
 def test_a_peer_that_is_gone_is_reset_after_interval_and_timeout() -> None:
     kind = noted(ping_interval=0.4, ping_timeout=0.4)
+    began = time.monotonic()
     with websockets(kind) as server, Peer(server.address) as peer:
         assert peer.get() == Frame(PING, b"1")
-        began = time.monotonic()
         code, reason = first(kind).until("close")[1:]
         assert (code, reason) == (1006, "nothing came for 0.4 s after a ping")
-        assert time.monotonic() - began >= 0.2, "it was not waited for"
+        assert time.monotonic() - began >= 0.7, "it was not waited for"
         assert peer.frames() == []
     first(kind).check()
 
