@@ -25,7 +25,7 @@ from typing import Any
 from . import placement
 from .drive import drive
 from .hotspots import profile
-from .report import Header, Record, as_json, headline, table
+from .report import Header, Record, as_json, check, headline, table
 from .servers import (
     PEERS,
     Kind,
@@ -69,9 +69,9 @@ MEASURES = (
     Measure("churn", "churn", ("--clients", "16"), timed=True),
     Measure("echo1000", "exchange", ("--clients", "1000"), timed=True),
     Measure("storm", "storm", ("--count", "5000", "--clients", "500"),
-            quick=("--count", "1000", "--clients", "500"), rounds_max=3),
+            quick=("--count", "1000", "--clients", "500"), rounds_max=12),
     Measure("besieged", "besieged", ("--count", "5000", "--clients", "500"),
-            quick=("--count", "1000", "--clients", "500"), rounds_max=3),
+            quick=("--count", "1000", "--clients", "500"), rounds_max=12),
     Measure("resets", "resets", ("--count", "30", "--seconds", "2")),
 )
 
@@ -190,6 +190,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="fewer, shorter rounds: a minute and a half")
     parser.add_argument("--profile", metavar="NAME",
                         help="measure nothing; show where this server's time goes (Python 3.11 only)")
+    parser.add_argument("--check", action="store_true",
+                        help="exit code 1 where ours misses a mark (see report.py) or fails a client")
     parser.add_argument("--json", metavar="FILE",
                         help="write all raw rounds; -: to stdout, and the table to stderr")
     return parser
@@ -214,6 +216,8 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[Kin
     kinds += [PEERS[name] for name in chosen(command, "--against", options.against, list(PEERS))]
     if not kinds or len({kind.name for kind in kinds}) < len(kinds):
         command.error("no server, or two of the same name")
+    if options.check and (options.without_ours or BASELINE not in {kind.name for kind in kinds}):
+        command.error(f"--check compares ours with {BASELINE}: see --against")
     if options.profile:
         chosen(command, "--profile", options.profile, [kind.name for kind in kinds])
         options.python = options.python or PROFILE_PYTHON
@@ -247,7 +251,7 @@ def busy() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns: 0; 1 if a server of ours failed or nothing was measured; 2 for wrong options; 130 if ended."""
+    """Returns: 0; 1 if ours failed, missed a mark, or nothing was measured; 2: wrong options; 130: ended."""
     options, kinds, measures = parse(arguments)
     packages = sorted({package for kind in kinds for package in kind.packages})
     try:
@@ -284,5 +288,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             Path(options.json).write_text(text + "\n", encoding="utf-8")
     if interrupted:
         return 130
+    missed = check(bench.records, next(iter(bench.servers)), baseline) if options.check else []
+    for line in missed:
+        say(f"missed: {line}")
+    if missed:
+        return 1
     failed = any(record.error for record in bench.records if record.server not in PEERS)
     return 1 if failed or not any(record.result for record in bench.records) else 0

@@ -19,12 +19,14 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import IO
 
 from .cycle import (
     CONNECT_TIMEOUT_S,
@@ -50,6 +52,7 @@ QUIET_SHARE = 0.1  # … next to none: this share of one processor …
 QUIET_MAX_S = 10.0  # … and after so long it is taken as it is
 
 NOTHING = Watched()
+BEGUN = b"all have begun"
 LINGER_RESET = struct.pack("HH" if sys.platform == "win32" else "ii", 1, 0)
 
 
@@ -261,11 +264,17 @@ def churn(address: Address, parallel: int, seconds: float, warmup: float,
                   dict(cycle.failures))
 
 
-def storm(address: Address, count: int, parallel: int, watched: Watched = NOTHING) -> Cycled:
-    """Measures `count` times connect, echo, close, `parallel` at a time, to the end of the last one."""
+def storm(address: Address, count: int, parallel: int, watched: Watched = NOTHING,
+          begun: Callable[[], object] | None = None) -> Cycled:
+    """Measures `count` times connect, echo, close, `parallel` at a time, to the end of the last one.
+
+    Calls `begun` when all have begun: what comes then is waiting for those that are served late or never.
+    """
     cycle = Cycle(address, allow_descriptors(parallel), socket.socket.close)
     meter, started = Meter(watched), clock()
     cycle.skipped(cycle.run(STORM_MAX_S, count))
+    if begun:
+        begun()
     cycle.drain(CONNECT_TIMEOUT_S)
     took, done = clock() - started, len(cycle.latencies_s)
     return Cycled(done, took, done / took, *_tails_us(cycle.latencies_s), meter.cost(done),
@@ -275,27 +284,33 @@ def storm(address: Address, count: int, parallel: int, watched: Watched = NOTHIN
 def besieged(address: Address, clients: int, count: int, parallel: int) -> Exchanged:
     """Measures the exchanges of `clients` connections while a process of its own storms: see `storm`.
 
-    What fails in the storm is among the failures; what an exchange costs is not told, as both are served.
+    Until the last connection of the storm has begun: a server that leaves some of them waiting for seconds is
+    at rest meanwhile. What fails in the storm is among the failures; what an exchange costs is not told, as
+    both are served.
     """
     command = [sys.executable, "-m", "bench.load", "storm", "{}:{}".format(*address),
-               "--count", str(count), "--clients", str(parallel)]
+               "--count", str(count), "--clients", str(parallel), "--say-when-begun"]
     everyone, poller, failures = _begin(address, clients)
     alive = {client.sock.fileno(): client for client in everyone}
     latencies_s: list[float] = []
     with subprocess.Popen(command, cwd=Path(__file__).resolve().parent.parent, stdin=subprocess.DEVNULL,
                           stdout=subprocess.PIPE) as storming:
+        begun, said = threading.Event(), list[bytes]()
+        reader = threading.Thread(target=_listen, args=(storming.stdout, begun, said))
+        reader.start()
         started, end = clock(), clock() + STORM_MAX_S + 2 * CONNECT_TIMEOUT_S
-        while alive and storming.poll() is None and clock() < end:
-            _exchange(alive, poller, 0.1, latencies_s, failures)
+        while alive and not begun.is_set() and clock() < end:
+            _exchange(alive, poller, 0.05, latencies_s, failures)
         took = clock() - started
         now = clock()
         waiting = [now - client.sent_at for client in alive.values()]
+        reader.join(2 * CONNECT_TIMEOUT_S)
         storming.kill()
-        said = storming.communicate()[0]
+        reader.join()
     poller.close()
     for client in everyone:
         client.sock.close()
-    stormed = json.loads(said) if said else {"failures": {"the storm did not end": 1}}
+    stormed = json.loads(said[-1]) if said else {"failures": {"the storm did not end": 1}}
     for reason, times in stormed["failures"].items():
         failures["storm: " + reason] += times
     counts = [client.count for client in everyone] + [0] * (clients - len(everyone))
@@ -303,6 +318,15 @@ def besieged(address: Address, clients: int, count: int, parallel: int) -> Excha
     # Who waits at the end has waited at least so long: without these, who is served least would count least.
     return Exchanged(clients, took, served, served / took, *_tails_us(latencies_s + waiting),
                      fairness(counts), counts.count(0), Cost(), dict(failures))
+
+
+def _listen(pipe: IO[bytes] | None, begun: threading.Event, said: list[bytes]) -> None:
+    """Collects what the storm says after the line that all has begun; says so, also where it dies."""
+    assert pipe
+    if pipe.readline().strip() == BEGUN:
+        begun.set()
+        said += pipe.readlines()
+    begun.set()
 
 
 def bulk(address: Address, mib: int, watched: Watched = NOTHING) -> Streamed:
@@ -402,6 +426,10 @@ def _serves(address: Address, wait: float) -> tuple[bool, float, Counter[str]]:
     return bool(cycle.latencies_s), clock() - started, cycle.failures
 
 
+def _say_begun() -> None:
+    print(BEGUN.decode(), flush=True)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python3 -m bench.load", description=str(__doc__).splitlines()[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -411,6 +439,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--clients", type=int, default=64, help="connections, or how many at a time")
     parser.add_argument("--count", type=int, default=5000, help="connections in all, or resets")
     parser.add_argument("--established", type=int, default=16, help="connections in the midst of a storm")
+    parser.add_argument("--say-when-begun", action="store_true", help="when all of a storm have begun")
     parser.add_argument("--mib", type=int, default=64, help="size of the bulk echo")
     parser.add_argument("--seconds", type=float, default=2.0, help="length of the window")
     parser.add_argument("--warmup", type=float, default=0.5, help="seconds before the window")
@@ -427,7 +456,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     measures: dict[str, Callable[[], Result]] = {
         "exchange": lambda: exchange(address, options.clients, options.seconds, options.warmup, watched),
         "churn": lambda: churn(address, options.clients, options.seconds, options.warmup, watched),
-        "storm": lambda: storm(address, options.count, options.clients, watched),
+        "storm": lambda: storm(address, options.count, options.clients, watched,
+                               _say_begun if options.say_when_begun else None),
         "besieged": lambda: besieged(address, options.established, options.count, options.clients),
         "bulk": lambda: bulk(address, options.mib, watched),
         "idle": lambda: idle(address, options.count, watched),

@@ -94,6 +94,49 @@ METRICS: dict[str, tuple[Metric, ...]] = {
 }
 
 
+@dataclass(frozen=True)
+class Mark:
+    """What our server has to reach: a figure of its own, or, with `ratio`, over the baseline's."""
+
+    measure: str
+    key: str
+    bound: float
+    least: bool  # the bound is the least there must be; else the most
+    ratio: bool = True
+
+
+MARKS = (
+    Mark("echo64", "per_s", 1.4, least=True),
+    Mark("echo64", "p99_us", 1.0, least=False),
+    Mark("echo64", "cost.user_us", 0.55, least=False),
+    Mark("echo64", "fairness", 0.8, least=True, ratio=False),
+    Mark("churn", "per_s", 1.5, least=True),
+    Mark("besieged", "p99_us", 0.5, least=False),
+    Mark("idle", "private_kib", 6.0, least=False, ratio=False),
+    Mark("resets", "served", 1.0, least=True, ratio=False),
+)
+
+
+def check(records: Sequence[Record], server: str, baseline: str) -> list[str]:
+    """Returns: a line for each mark that `server` misses, and for each failure of one of its clients."""
+    found = summary(records, baseline)
+    missed = []
+    for mark in MARKS:
+        figures = found.get(mark.measure, {}).get(mark.key, {}).get(server)
+        if figures is None:
+            continue  # not measured in this run
+        figure = figures["ratio" if mark.ratio else "median" if mark.key != "served" else "min"]
+        if figure is None or (figure < mark.bound if mark.least else figure > mark.bound):
+            of = f" of {baseline}'s" if mark.ratio else ""
+            wanted = f"{'at least' if mark.least else 'at most'} {mark.bound:g}{of}"
+            told = "?" if figure is None else f"{figure:.2f}"
+            missed.append(f"{mark.measure}, {mark.key}: {told}, not {wanted}")
+    for measure in found:
+        if counted := failures(records, measure, server):
+            missed.append(f"{measure}: {sum(counted.values())} failed")
+    return missed
+
+
 def value(result: dict[str, Any] | None, metric: Metric) -> float | None:
     """Returns: the figure of a metric, None where it is not known."""
     found: Any = result

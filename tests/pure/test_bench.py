@@ -219,6 +219,17 @@ def test_a_ratio_is_taken_round_by_round() -> None:
     assert report.summary(records, "asyncio")["echo64"]["cost.user_us"] == {}
 
 
+def test_marks_that_are_missed_are_told() -> None:
+    good = [record(1, "ours", 1600), record(1, "asyncio", 1000)]
+    assert report.check(good, "ours", "asyncio") == []
+    slow = [record(1, "ours", 1300), record(1, "asyncio", 1000)]
+    assert report.check(slow, "ours", "asyncio") == ["echo64, per_s: 1.30, not at least 1.4 of asyncio's"]
+    alone = [record(1, "ours", 1300)]
+    assert report.check(alone, "ours", "asyncio") == ["echo64, per_s: ?, not at least 1.4 of asyncio's"]
+    failing = [record(1, "ours", 1600, failures={"wrong echo": 2}), record(1, "asyncio", 1000)]
+    assert report.check(failing, "ours", "asyncio") == ["echo64: 2 failed"]
+
+
 def test_the_report_shows_failures_deaths_and_a_dead_listener() -> None:
     deaf = {"served_before": True, "served": False}
     records = [record(1, "ours", 30, failures={"no echo in time": 2}),
@@ -305,7 +316,7 @@ def test_the_report_over_tls_pairs_rounds() -> None:
 
 @pytest.mark.parametrize("arguments", [["--against", "nobody"], ["--measures", "nothing"], ["--rounds", "0"],
                                        ["--variant", "x"], ["--variant", "ours=--io-threads 1"],
-                                       ["--profile", "nobody"]])
+                                       ["--profile", "nobody"], ["--check", "--against", "threading"]])
 def test_wrong_arguments_end_with_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         command.parse(arguments)
