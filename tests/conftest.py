@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,13 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     gil = getattr(sys, "_is_gil_enabled", lambda: True)()
     where = "Wine" if is_wine() else "Windows"
     return [f"tests/bound: on {where}, {'with' if gil else 'without'} a GIL"]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """What ran with a GIL says nothing of a free-threaded Python."""
+    if sysconfig.get_config_var("Py_GIL_DISABLED") and sys._is_gil_enabled():
+        print("\nFAILED: something that was imported has brought the GIL back")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

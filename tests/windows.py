@@ -512,6 +512,7 @@ def run(target: Target, args: Sequence[str], timeout: float | None) -> int:
     # A pipe, a socket, /dev/null: the program has it itself, and what it leaves unread stays for the next.
     direct = stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or (stat.S_ISCHR(mode) and not os.isatty(0))
     environment = target.environment()
+    environment.setdefault("PYTHONUNBUFFERED", "1")  # it writes to a pipe of ours, and keeps nothing back
     outputs: list[threading.Thread] = []
     patience: float | None = None
     try:

@@ -390,6 +390,14 @@ def test_output_may_go_to_files(tmp_path: Path) -> None:
 
 
 @linux_half
+def test_output_comes_when_it_is_written() -> None:
+    with running("import time; print('up'); time.sleep(300)") as process:
+        assert process.stdout
+        assert process.stdout.readline() == b"up\n"
+        assert process.poll() is None
+
+
+@linux_half
 def test_ctrl_c_reaches_the_program() -> None:
     code = "try:\n print('up', flush=True)\n input()\nexcept KeyboardInterrupt:\n raise SystemExit(9)"
     reader, writer = os.pipe()

@@ -87,7 +87,7 @@ def run(python: str | None, seed: int) -> list[str]:
         f"storm: {CONNECTIONS} connections, {PARALLEL} at a time, backlog={BACKLOG}, seed {seed}"
     )
     chance = random.Random(seed)
-    with ServerProcess(python, backlog=BACKLOG, listen_backlog=2 * PARALLEL) as server:
+    with ServerProcess(python, backlog=BACKLOG) as server:
         cycled = load.storm(server.address, CONNECTIONS, PARALLEL)
         report.claim("0 failures", cycled.connections == CONNECTIONS and not cycled.failures, cycled.failures)
         report.figure("connections a second", round(cycled.per_s))
