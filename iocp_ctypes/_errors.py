@@ -164,7 +164,7 @@ TABLE: Final[tuple[Failure, ...]] = (
     ),
     _row(
         (0xC000009A, 0xC0000017, 0xC0000044, 0xC000012D),
-        (8, 1450, 1453, 1455, 1816),
+        (8, 1450, 1453, 1454, 1455, 1816),
         10055,
         OSError,
         "ENOBUFS",
@@ -232,7 +232,7 @@ _BY_STATUS: Final = {status: row for row in TABLE for status in row.statuses}
 _BY_CODE: Final = {code: row for row in reversed(TABLE) for code in (*row.win32, row.winsock)}
 
 #: Codes after which the same call may succeed a moment later.
-RESOURCE_CODES: Final = frozenset({WSAENOBUFS, WSAEWOULDBLOCK, WSAEMFILE, 8, 4, 1450, 1453, 1455, 1816})
+RESOURCE_CODES: Final = frozenset({WSAENOBUFS, WSAEWOULDBLOCK, WSAEMFILE, 8, 4, 1450, 1453, 1454, 1455, 1816})
 
 
 def winsock_code(status: int) -> int:

@@ -33,7 +33,7 @@ EXPECTED: dict[int, tuple[set[int], set[int], type[OSError], str, str]] = {
     10054: ({0xC000020D, 0xC000013C, 0xC000023F}, {64, 1234}, ConnectionResetError, "ECONNRESET", "reset"),
     10055: (
         {0xC000009A, 0xC0000017, 0xC0000044, 0xC000012D},
-        {8, 1450, 1453, 1455, 1816},
+        {8, 1450, 1453, 1454, 1455, 1816},
         OSError,
         "ENOBUFS",
         "aborted",
