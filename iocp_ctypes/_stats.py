@@ -32,6 +32,12 @@ class EngineStats:
     packets: int  # completion packets taken off the port, our own included
     reaps: int  # calls of GetQueuedCompletionStatusEx that brought packets
     packets_per_reap: float  # packets / reaps; 0.0 where there were none
+    bytes_received: int  # bytes handed to on_data, by all connections that used it, gone ones included
+    bytes_sent: int  # bytes the kernel has accepted of them
+    receives: int  # WSARecv operations that they issued
+    receives_at_once: int  # of those, completed when the call returned
+    sends: int  # WSASend operations that they issued
+    sends_at_once: int  # of those, completed when the call returned
     turns: int  # what I/O threads served: packets, receives that completed at once, calls of our own
     handoffs: int  # times another thread took over from a stalled one
     resource_retries: int  # calls put off because the system was short of buffers
@@ -111,6 +117,11 @@ class Traffic:
         self.receives_by_packet: int = 0 if of is None else of.receives_by_packet
         self.sends_at_once: int = 0 if of is None else of.sends_at_once
         self.sends_by_packet: int = 0 if of is None else of.sends_by_packet
+
+    def add_all(self, of: Traffic) -> None:
+        """Add what another has counted."""
+        for name in Traffic.__slots__:
+            setattr(self, name, getattr(self, name) + getattr(of, name))
 
     def add(self, connection: Any) -> None:
         """Add what a connection, and the socket it has or had, has moved."""

@@ -54,6 +54,15 @@ class Watched:
 
     # -- figures --------------------------------------------------------------------------------------------
 
+    def _moved(self) -> Traffic:
+        """What its connections have moved until now, in this process."""
+        with self._lock:
+            living = list(self._connections.values())
+            traffic = Traffic(self._past)
+        for connection in living:
+            traffic.add(connection)
+        return traffic
+
     def stats(self) -> Stats:
         """Return the figures of this instant. RuntimeError before `start`. Any thread; does not block.
 

@@ -30,6 +30,7 @@ from ._lifetime import Home
 from ._options import ClientOptions, Settings, check_timeout, make_settings
 from ._pipeconnector import PipeConnector
 from ._sockops import adopt_socket, check_adoptable
+from ._stats import Traffic
 from ._tlschannel import make_codec
 from ._tracing import Trace
 from .connection import Connection
@@ -49,11 +50,12 @@ log = logging.getLogger("iocp_ctypes")
 class _Client:
     """What a client connection has in place of a server."""
 
-    __slots__ = ("connection", "engine")
+    __slots__ = ("connection", "engine", "past")
 
     def __init__(self, engine: Engine | None) -> None:
         self.connection: Connection | None = None  # from its attaching to its on_close: no cycle is left then
-        self.engine = enter_engine(self, self.at_exit, engine, 0, self.retrace)
+        self.past = Traffic()  # of the connection when it has gone
+        self.engine = enter_engine(self, self.at_exit, engine, 0, self.retrace, self.moved)
 
     def at_exit(self) -> None:
         """The interpreter ends."""
@@ -73,8 +75,20 @@ class _Client:
         engine = self.engine
         return Home(engine, self.gone, self.failed, None, engine.dispatcher.is_io_thread)
 
-    def gone(self, _connection: Connection) -> None:
+    def moved(self) -> Traffic:
+        """What the connection has moved until now."""
+        connection = self.connection
+        if connection is None:
+            return self.past
+        traffic = Traffic()
+        traffic.add(connection)
+        return traffic
+
+    def gone(self, connection: Connection) -> None:
         """on_close has returned."""
+        past = Traffic()
+        past.add(connection)
+        self.past = past
         self.connection = None
         self.engine.leave_soon(self)
 

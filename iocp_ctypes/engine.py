@@ -27,7 +27,7 @@ from ._options import check_option
 from ._port import CompletionPort
 from ._proactor import Proactor
 from ._relay import Relay
-from ._stats import EngineStats
+from ._stats import EngineStats, Traffic
 from ._trace import TraceRecord, write_trace
 from ._tracing import Trace
 from .watchdog import Watchdog
@@ -77,6 +77,8 @@ class Engine:
         self._stopped = False
         self._exit_actions: dict[int, Callable[[], None]] = {}
         self._retraces: dict[int, Callable[[], None]] = {}
+        self._moving: dict[int, Callable[[], Traffic]] = {}  # what connections of the users have moved
+        self._moved = Traffic()  # those of users that have left
         self.tracing = Trace(trace)
         self._retries = 0
         self._look_ups: deque[Callable[[], None]] = deque()
@@ -128,23 +130,35 @@ class Engine:
             look_up()
 
     def enter(
-        self, user: Any, at_exit: Callable[[], None], retrace: Callable[[], None] | None = None
+        self,
+        user: Any,
+        at_exit: Callable[[], None],
+        retrace: Callable[[], None] | None = None,
+        moved: Callable[[], Traffic] | None = None,
     ) -> None:
         """Begin to use the engine.
 
         `at_exit` is called when the interpreter ends before `leave` was, `retrace` when the engine's trace
-        was switched.
+        was switched, `moved` for its figures, and when the user leaves.
         """
-        if not self._try_enter(user, at_exit, retrace):
+        if not self._try_enter(user, at_exit, retrace, moved):
             raise RuntimeError("this engine has been stopped: make another")
 
-    def _try_enter(self, user: Any, at_exit: Callable[[], None], retrace: Callable[[], None] | None) -> bool:
+    def _try_enter(
+        self,
+        user: Any,
+        at_exit: Callable[[], None],
+        retrace: Callable[[], None] | None,
+        moved: Callable[[], Traffic] | None,
+    ) -> bool:
         with self._lock:
             if self._stopped:
                 return False
             self._exit_actions[id(user)] = at_exit
             if retrace is not None:
                 self._retraces[id(user)] = retrace
+            if moved is not None:
+                self._moving[id(user)] = moved
             if not self._started:
                 self._started = True
                 self.watchdog.start()
@@ -167,8 +181,12 @@ class Engine:
             self.watchdog.later(0.0, self._stop_soon)
 
     def _was_last(self, user: Any) -> bool:
+        moving = self._moving.get(id(user))
+        moved = moving() if moving else None  # which may take the user's lock, and not under ours
         with self._lock:
             self._retraces.pop(id(user), None)
+            if self._moving.pop(id(user), None) and moved:
+                self._moved.add_all(moved)
             if self._exit_actions.pop(id(user), None) is None or self._exit_actions or self._stopped:
                 return False
             self._stopped = True
@@ -238,6 +256,10 @@ class Engine:
         """Return the figures of this instant."""
         dispatcher, proactor = self.dispatcher, self.proactor
         reaps, packets = dispatcher.reaps, dispatcher.packets
+        with self._lock:
+            moved, moving = Traffic(self._moved), list(self._moving.values())
+        for of_one in moving:  # who leaves meanwhile is not in the sum yet
+            moved.add_all(of_one())
         return EngineStats(
             io_threads=dispatcher.threads,
             stalled_threads=dispatcher.stalled,
@@ -250,6 +272,12 @@ class Engine:
             packets=packets,
             reaps=reaps,
             packets_per_reap=packets / reaps if reaps else 0.0,
+            bytes_received=moved.bytes_received,
+            bytes_sent=moved.bytes_sent,
+            receives=moved.receives,
+            receives_at_once=moved.receives_at_once,
+            sends=moved.sends,
+            sends_at_once=moved.sends_at_once,
             turns=dispatcher.turns,
             handoffs=dispatcher.handoffs,
             resource_retries=self._retries,
@@ -292,6 +320,7 @@ def enter_engine(
     given: Engine | None,
     io_threads: int,
     retrace: Callable[[], None] | None = None,
+    moved: Callable[[], Traffic] | None = None,
 ) -> Engine:
     """Enter the engine a user is to have.
 
@@ -300,12 +329,12 @@ def enter_engine(
     global _shared
     if given is not None or io_threads:
         engine = given if given is not None else Engine(io_threads)
-        engine.enter(user, at_exit, retrace)
+        engine.enter(user, at_exit, retrace, moved)
         return engine
     with _shared_lock:  # one new engine, whoever finds the old one left by its last user
-        if _shared is None or not _shared._try_enter(user, at_exit, retrace):
+        if _shared is None or not _shared._try_enter(user, at_exit, retrace, moved):
             _shared = Engine()
-            _shared.enter(user, at_exit, retrace)
+            _shared.enter(user, at_exit, retrace, moved)
         return _shared
 
 

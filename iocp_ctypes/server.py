@@ -156,7 +156,7 @@ class Server(Watched, Tunables, Handover):
                 raise RuntimeError("this server was started before: make another")
             settings = self._settings
             engine = self._engine = enter_engine(
-                self, self._at_exit, self._given_engine, settings.io_threads, self._retrace
+                self, self._at_exit, self._given_engine, settings.io_threads, self._retrace, self._moved
             )
             workers = self._workers = WorkThreads(settings.work_threads) if settings.work_threads else None
             self._home = Home(

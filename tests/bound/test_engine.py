@@ -8,10 +8,10 @@ import threading
 from typing import Any
 
 import pytest
-from support import LOOPBACK, Echo, raw, reachable, serving, wait_until
+from support import LOOPBACK, Echo, Recorder, raw, reachable, serving, wait_until
 from traffic import beside
 
-from iocp_ctypes import Engine, Server
+from iocp_ctypes import Engine, Server, connect
 from iocp_ctypes import engine as engine_module
 from iocp_ctypes._port import CompletionPort
 from iocp_ctypes._proactor import Operation
@@ -257,6 +257,27 @@ def test_figures_count() -> None:
         assert (after.handoffs, after.stalled_threads) == (0, 0)
         engine.count_retry()
         assert engine.stats().resource_retries == after.resource_retries + 1
+
+
+def test_figures_are_of_all_connections_whoever_made_them_and_stay_when_they_have_gone() -> None:
+    engine = Engine(1)
+    nothing_yet = engine.stats()
+    assert (nothing_yet.bytes_received, nothing_yet.bytes_sent, nothing_yet.sends) == (0, 0, 0)
+    with serving(Echo, engine=engine) as server:
+        client = connect(server.address, Recorder, engine=engine)
+        client.send(b"hello")
+        wait_until(lambda: client.received == b"hello")
+        wait_until(lambda: engine.stats().bytes_sent == 10)
+        during = engine.stats()
+        assert (during.users, during.bytes_received, during.sends) == (2, 10, 2)
+        assert during.receives >= server.stats().receives + 1
+        client.close()
+        wait_until(lambda: engine.stats().users == 1)
+        assert (engine.stats().bytes_received, engine.stats().bytes_sent) == (10, 10)
+        reachable(server.address)
+    after = engine.stats()
+    assert (after.users, after.bytes_received, after.bytes_sent, after.sends) == (0, 15, 15, 3)
+    assert after.receives >= after.receives_at_once >= 0
 
 
 def test_figures_tell_of_a_stalled_thread() -> None:
