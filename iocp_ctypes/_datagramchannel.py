@@ -5,7 +5,7 @@ Laws
    several I/O threads they are put into that order again. Callbacks never overlap: they run on a strand.
 2. A receive is free, with the kernel, or on its way to the callback that it is posted again after. So what
    is kept is bounded by recv_depth; what comes meanwhile waits in the kernel, which drops what it cannot
-   hold.
+   hold. At most one delivery waits on the strand, however much it has to deliver.
 3. No peer, no ICMP error and no raising callback ends the receiving: a datagram socket serves many, and one
    of them must not end it for the others. Only close() and abort() do.
 4. A datagram is sent at once, or waits in the queue where the kernel has no room, or is dropped and counted
@@ -114,6 +114,9 @@ class DatagramChannel:
         size, received = self._settings.recv_size, self._received
         self._free = [DatagramReceive(size, received) for _ in range(self._settings.recv_depth)]
         self._arrived: dict[int, DatagramReceive] = {}  # by number: retired, and not delivered yet
+        # Who pops the token posts a delivery, which gives it back before it looks at what has arrived: so
+        # what arrives while there is none to pop is seen. A list, for the reason that Strand has.
+        self._due = [True]
         self._number = 0  # of the next receive to be posted
         self._next = 0  # number of the next one to be delivered; the strand's
         self._senders: dict[bytes, Address] = {}
@@ -228,7 +231,20 @@ class DatagramChannel:
             self._deliver()
             strand.leave()
         else:
-            strand.post(self._deliver)
+            self._post_delivery()
+
+    def _post_delivery(self) -> None:
+        """Have `_deliver` called, unless a delivery waits that has not looked yet. Any thread."""
+        try:
+            self._due.pop()
+        except IndexError:
+            return
+        self._strand.post(self._deliver_due)
+
+    def _deliver_due(self) -> None:
+        """Deliver what was posted for. On the strand."""
+        self._due.append(True)
+        self._deliver()
 
     def _deliver(self) -> None:
         """Deliver what has come, in the order of posting. On the strand."""
@@ -253,7 +269,7 @@ class DatagramChannel:
                 else:
                     self._join()
         if self._next in self._arrived:
-            self._strand.post(self._deliver)  # others have their turn first
+            self._post_delivery()  # others have their turn first
 
     def _deliver_unusual(self, operation: DatagramReceive) -> None:
         """Deliver a receive that brought an oversize datagram or an error. On the strand."""
