@@ -161,6 +161,7 @@ class Stream:
             raise TypeError(f"connection={connection!r}: streams are made by open_stream and StreamServer")
         self._timeout = check_timeout("timeout", timeout)
         self._closed = False
+        self._told = False  # `close` has returned or said what was lost, or nobody wants to know: `abort`
         self._feed = connection
         self._reading = threading.Lock()
         self._blamed: BaseException | None = None
@@ -439,24 +440,29 @@ class Stream:
 
         Raises:
             TimeoutError: not done in time; it goes on nevertheless, and `close` may be called again.
-            ConnectionError: the connection failed before all that was written was sent.
+            ConnectionError: the connection ended before all that was written was sent; said once.
             RuntimeError: called from a callback; `abort` may be.
         """
         feed = self._feed
         if feed._home.is_callback_thread():
             raise RuntimeError("close(): called from a callback, which must not wait")
-        first, self._closed = not self._closed, True
+        told = self._told  # before waiting: an abort meanwhile is what this call has to tell
+        self._closed = True
         feed.close()
         with feed.changed:
             feed.changed.notify_all()
             self._wait(lambda: feed.over, timeout, "close()")
             feed.buffer.clear()
-        if first and feed.error is not None and feed._flow.lost:
-            raise self._blame(feed.error.with_traceback(None))
+        self._told = True
+        if feed._flow.lost and not told:
+            if feed.error is not None:
+                raise self._blame(feed.error.with_traceback(None))
+            text = "close(): the connection was aborted before all that was written was sent"
+            raise self._blame(ConnectionClosedError(text))
 
     def abort(self) -> None:
         """Close at once: what is unsent is dropped and the peer sees a reset. Any thread; never blocks."""
-        self._closed = True
+        self._closed = self._told = True
         self._feed.abort()
         with self._feed.changed:
             self._feed.changed.notify_all()

@@ -147,7 +147,7 @@ class StreamServer(Server):
                 feed._callback_raised(exc)
         else:
             feed.close()  # nobody waits for it: the thread is free for the next
-        stream._closed = True
+        stream._closed = stream._told = True
         stream._blamed = None
 
     def stop(self, timeout: float = 5.0) -> bool:
