@@ -15,6 +15,7 @@ from program import ROOT, Program
 from support import LOOPBACK, handle_count, wait_until
 
 from iocp_ctypes import ConnectionClosedError, Datagram, DatagramStats, Engine, _datagramops, _win32
+from iocp_ctypes import datagram as datagram_module
 
 GROUP, SOURCE_GROUP = "239.255.77.1", "232.1.77.1"
 GROUP6 = "ff02::4d:1"
@@ -481,6 +482,16 @@ def test_after_the_end_and_before_the_beginning() -> None:
             with pytest.raises(ConnectionClosedError, match="is closed"):
                 use()
         assert ended.address[0] == "127.0.0.1"
+
+
+def test_a_wrong_engine_is_refused_before_there_is_a_socket(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Any] = []
+    monkeypatch.setattr(datagram_module, "open_datagram", lambda *given: opened.append(given))
+    with pytest.raises(TypeError, match="^engine=1: must be an Engine or None$"):
+        Datagram(LOOPBACK, engine=1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="^io_threads=2: the given engine has its own threads; leave one"):
+        Datagram(LOOPBACK, engine=Engine(), io_threads=2)
+    assert opened == []
 
 
 def test_a_stopped_engine_is_refused_and_leaves_nothing() -> None:
