@@ -145,9 +145,9 @@ class _StandIn:
         finally:
             self._add(began, what, RETIRE, number, transferred, status & 0xFFFFFFFF, self._knobs())
 
-    def _call(self, name: str) -> None:
+    def _call(self, name: str, *arguments: Any) -> None:
         began = perf_counter_ns()
-        getattr(self.inner, name)()
+        getattr(self.inner, name)(*arguments)
         self._add(began, name.partition("_")[0], CALL, 0, 0, 0, self._knobs())
 
     def cancel(self) -> None:
@@ -211,6 +211,10 @@ class TracedSocket(_StandIn):
             sends += 1  # the caller counts it after this
         self._add(began, what, SUBMIT, number, size, code, (backlog, sends, receives, queued))
         return code
+
+    def cancel_receive(self, operation: Operation) -> None:
+        """Record it, as a cancel."""
+        self._call("cancel_receive", operation)
 
     def shutdown_send(self) -> None:
         """Record it."""

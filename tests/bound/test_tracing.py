@@ -612,6 +612,18 @@ def test_a_stand_in_is_its_socket_in_all_else() -> None:
         rig.stand_in.no_such_thing  # noqa: B018
 
 
+def test_the_cancel_of_one_receive_is_recorded_as_well() -> None:
+    rig = Rig()
+    operation, _code = rig.receive()
+    rig.stand_in.cancel_receive(operation)
+    assert rig.sock.calls == ["cancel_receive"]
+    assert steps(rig.trace.records()) == [("receive", "submit"), ("cancel", "call")]
+    rig.sock.finish_cancel()
+    rig.engine.dispatcher.run()
+    assert [given for given, _transferred, _status in rig.handled] == [operation]
+    assert steps(rig.trace.records())[-1] == ("receive", "retire")
+
+
 def test_standing_in_twice_is_once() -> None:
     rig = Rig()
     again = traced(TracedSocket, rig.stand_in, rings_of(rig.trace), 5, rig.stand_in._knobs)
