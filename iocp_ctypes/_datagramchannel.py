@@ -125,6 +125,7 @@ class DatagramChannel:
         self._queued = 0
         self._sending: Operation | None = None  # the overlapped send of the queue's head
         self._above = False
+        self._drain_waits = False  # a call of on_drain waits on the strand
         self._receive_backoff = _Backoff()
         self._send_backoff = _Backoff()
         self._groups: set[tuple[Any, Any, Any]] = set()
@@ -437,10 +438,13 @@ class DatagramChannel:
         assert self._lock._is_owned()
         if self._above and self._queued <= self._settings.low_mark:
             self._above = False
-            if self._state == life.OPEN:
+            if self._state == life.OPEN and not self._drain_waits:
+                self._drain_waits = True
                 self._strand.post(self._deliver_drain)
 
     def _deliver_drain(self) -> None:
+        with self._lock:
+            self._drain_waits = False
         if self._state == life.OPEN:
             self._call(self.on_drain)
 

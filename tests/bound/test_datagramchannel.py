@@ -201,6 +201,32 @@ def test_marks_drops_and_drain(stuck: Any) -> None:
         assert stuck._engine.stats().resource_retries >= 1
 
 
+def test_one_drain_is_told_however_often_the_queue_drained_meanwhile(stuck: Any) -> None:
+    gate = threading.Event()
+    stuck.got = lambda _data, _address: gate.wait(10)
+    now, send = stuck._socket.send_now, stuck._socket.send
+
+    def fill_and_drain() -> None:
+        stuck._socket.send_now, stuck._socket.send = now, send
+        stuck._send_backoff.delay = 0.001
+        while stuck.send_to(b"x", client.getsockname()):
+            pass
+        stuck.free()
+        wait_until(lambda: not stuck.stats().write_buffer_size)
+
+    with plain() as client:
+        client.sendto(b"hold", stuck.address)
+        stuck.until(1)
+        for _ in range(20):
+            fill_and_drain()
+        assert len(stuck._strand._tasks) == 1
+        gate.set()
+        stuck.until(1, "drain")
+        fill_and_drain()
+        stuck.until(2, "drain")
+        assert len(stuck.values("drain")) == 2
+
+
 def test_empty_datagrams_are_bounded_as_well(stuck: Any) -> None:
     answers = [stuck.send_to(b"", ("127.0.0.1", 9)) for _ in range(100)]
     assert answers[-1] is False
