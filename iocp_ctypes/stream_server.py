@@ -56,8 +56,8 @@ class _Pool:
         except RuntimeError:
             with self._lock:
                 self._threads.discard(thread)
-                if self._threads:
-                    return  # those there are will do it
+                if self._threads or task not in self._waiting:
+                    return  # those there are will do it, or have done it
                 self._waiting.remove(task)
             raise
 

@@ -13,6 +13,7 @@ import pytest
 from support import ended, raw, read_all, rst, wait_until
 
 from iocp_ctypes import ConnectionClosedError, IncompleteReadError, Stream, StreamServer, open_stream
+from iocp_ctypes.stream_server import _Pool
 
 
 @contextlib.contextmanager
@@ -104,6 +105,26 @@ def test_the_end_of_the_peer_is_no_mistake_of_the_function() -> None:
         wait_until(lambda: len(problems) == 3)
     assert isinstance(problems[0], IncompleteReadError)
     assert isinstance(problems[1], TimeoutError)
+
+
+def test_no_thread_for_a_task_that_others_have_done_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, done = _Pool(2), threading.Event()
+    start = threading.Thread.start
+
+    def fails(thread: threading.Thread) -> None:
+        if len(pool._threads) == 1:
+            start(thread)
+            return
+        gate.set()  # the other thread goes on, does this task as well, and ends
+        wait_until(lambda: len(pool._threads) == 1)
+        raise RuntimeError("can't start new thread")
+
+    gate = threading.Event()
+    monkeypatch.setattr(threading.Thread, "start", fails)
+    pool.run(gate.wait)  # type: ignore[arg-type]
+    pool.run(done.set)
+    assert done.is_set()
+    assert pool.wait(5)
 
 
 def test_an_error_of_the_functions_own_is_not_taken_for_the_peers(expects_errors: Any) -> None:
