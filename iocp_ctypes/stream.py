@@ -47,6 +47,9 @@ _ALL: Final = 1 << 62
 #: A stream's writers wait at the high mark, so nothing overflows.
 _NO_OVERFLOW: Final = 1 << 40
 
+#: The attribute of an exception that names the connection whose stream raised it.
+_RAISED_BY: Final = "_iocp_ctypes_raised_by"
+
 _UNSET: Final[Any] = object()
 
 
@@ -164,7 +167,6 @@ class Stream:
         self._told = False  # `close` has returned or said what was lost, or nobody wants to know: `abort`
         self._feed = connection
         self._reading = threading.Lock()
-        self._blamed: BaseException | None = None
 
     def __del__(self) -> None:
         """Warn of a stream that nobody closed, and abort its connection.
@@ -225,10 +227,17 @@ class Stream:
             self._feed.changed.wait(min(left, SLICE))
 
     def _blame(self, exc: Exception) -> Exception:
-        """Note what this stream raises in a server's function; see StreamServer."""
+        """Mark what this stream raises in a server's function; see StreamServer.
+
+        The mark is on the exception, because several threads of a function may be told at once.
+        """
         if self._feed.server is not None:
-            self._blamed = exc
+            exc.__dict__[_RAISED_BY] = self._feed.id
         return exc
+
+    def _raised(self, exc: BaseException) -> bool:
+        """Whether that came from this stream."""
+        return exc.__dict__.get(_RAISED_BY) == self._feed.id
 
     def _gone(self, what: str) -> Exception:
         """What to raise where the connection or this stream is at its end."""

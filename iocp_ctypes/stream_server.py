@@ -140,7 +140,7 @@ class StreamServer(Server):
         try:
             self._function(stream)
         except BaseException as exc:
-            if exc is stream._blamed:
+            if stream._raised(exc):
                 log.debug("%r ended: %s", feed, exc)
                 feed.abort()
             else:
@@ -148,7 +148,6 @@ class StreamServer(Server):
         else:
             feed.close()  # nobody waits for it: the thread is free for the next
         stream._closed = stream._told = True
-        stream._blamed = None
 
     def stop(self, timeout: float = 5.0) -> bool:
         """Stop as Server does, then wait for the functions, whose streams have ended.
