@@ -150,7 +150,9 @@ class DatagramChannel:
         try:
             engine = enter_engine(self, self._at_exit, self._given, self._settings.io_threads, self._retrace)
             try:
-                self._socket.attach(engine.proactor, engine.port)
+                with self._lock:  # close() may come any moment, and must not take the handle away meanwhile
+                    if self._state == life.CONNECTING:
+                        self._socket.attach(engine.proactor, engine.port)
             except BaseException:
                 engine.leave_soon(self)
                 raise

@@ -16,6 +16,7 @@ from support import LOOPBACK, handle_count, wait_until
 
 from iocp_ctypes import ConnectionClosedError, Datagram, DatagramStats, Engine, _datagramops, _win32
 from iocp_ctypes import datagram as datagram_module
+from iocp_ctypes._port import CompletionPort
 
 GROUP, SOURCE_GROUP = "239.255.77.1", "232.1.77.1"
 GROUP6 = "ff02::4d:1"
@@ -497,6 +498,35 @@ def test_a_wrong_engine_is_refused_before_there_is_a_socket(monkeypatch: pytest.
     with pytest.raises(ValueError, match=r"^io_threads=2: the given engine has its own threads; "):
         Datagram(LOOPBACK, engine=Engine(), io_threads=2)
     assert opened == []
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_close_while_start_is_under_way_leaves_nothing(monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    """The handle is not closed around its association, which might be of another one of its value then."""
+    engine = Engine(1)
+    with running(Probe(engine=engine)):
+        probe = Probe(engine=engine)
+        associate = CompletionPort.associate
+        closing = threading.Thread(target=probe.close)
+
+        def close() -> None:
+            closing.start()
+            closing.join(0.2)
+
+        def spy(port: CompletionPort, handle: int) -> None:
+            if moment == "before":
+                close()
+            associate(port, handle)
+            if moment == "after":
+                close()
+
+        monkeypatch.setattr(CompletionPort, "associate", spy)
+        probe.start()
+        closing.join()
+        assert probe.wait_closed(10)
+        probe.check()
+        wait_until(lambda: engine.stats().users == 1)
+        assert engine.stats().sockets == 1
 
 
 def test_a_stopped_engine_is_refused_and_leaves_nothing() -> None:
