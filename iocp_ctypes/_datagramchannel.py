@@ -347,13 +347,18 @@ class DatagramChannel:
         """Send without waiting: COMPLETED, or why not; all but a lack of room is told. Needs the lock."""
         assert self._lock._is_owned()
         code = self._socket.send_now(data, target)
-        if code in EARLIER_CODES:  # about an earlier datagram; this one was not looked at
-            self._receive_errors += 1
-            self._report(error_from_code(code, "an earlier datagram"))
+        if code in EARLIER_CODES:  # this one was not looked at
+            self._count_earlier(code)
             code = self._socket.send_now(data, target)
         if code not in RESOURCE_CODES:
             self._count_sent(code, len(data))
         return code
+
+    def _count_earlier(self, code: int) -> None:
+        """Account for a send that told of an earlier datagram. Needs the lock."""
+        assert self._lock._is_owned()
+        self._receive_errors += 1
+        self._report(error_from_code(code, "an earlier datagram"))
 
     def _count_sent(self, code: int, size: int) -> None:
         """Needs the lock."""
@@ -390,6 +395,9 @@ class DatagramChannel:
             data, target = self._queue[0]
             self._sending = operation = Operation()
             code = self._socket.send(operation, self._sent, data, target)
+            if code in EARLIER_CODES:
+                self._count_earlier(code)
+                code = self._socket.send(operation, self._sent, data, target)
             if code == PENDING:
                 return
             self._sending = None

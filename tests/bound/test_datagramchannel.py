@@ -281,6 +281,21 @@ def test_without_room_sends_become_operations_and_keep_their_order(io_threads: i
         wait_until(lambda: probe._engine.ops_pending == 8)
 
 
+@pytest.mark.parametrize("wanted", [False, True])
+def test_an_error_of_an_earlier_datagram_costs_a_queued_one_nothing(wanted: bool) -> None:
+    with running(Probe(report_errors=wanted)) as probe, plain() as client:
+        send: Any = probe._socket.send
+        codes = [10054]
+        probe._socket.send_now = lambda _data, _target: BUSY
+        probe._socket.send = lambda *given: codes.pop() if codes else send(*given)
+        for number in range(3):
+            assert probe.send_to(b"%d" % number, client.getsockname())
+        assert [client.recv(100) for _ in range(3)] == [b"0", b"1", b"2"]
+        wait_until(lambda: probe.stats().datagrams_sent == 3)
+        assert (probe.stats().send_errors, probe.stats().receive_errors) == (0, 1)
+        assert [exc.winerror for exc in probe.until(int(wanted), "error")] == [10054] * wanted
+
+
 # -- errors of receives ---------------------------------------------------------------------------------
 
 
