@@ -5,7 +5,7 @@ Laws
    several I/O threads they are put into that order again. Callbacks never overlap: they run on a strand.
 2. A receive is free, with the kernel, or on its way to the callback that it is posted again after. So what
    is kept is bounded by recv_depth; what comes meanwhile waits in the kernel, which drops what it cannot
-   hold.
+   hold. At most one delivery waits on the strand, however much it has to deliver.
 3. No peer, no ICMP error and no raising callback ends the receiving: a datagram socket serves many, and one
    of them must not end it for the others. Only close() and abort() do.
 4. A datagram is sent at once, or waits in the queue where the kernel has no room, or is dropped and counted
@@ -114,6 +114,9 @@ class DatagramChannel:
         size, received = self._settings.recv_size, self._received
         self._free = [DatagramReceive(size, received) for _ in range(self._settings.recv_depth)]
         self._arrived: dict[int, DatagramReceive] = {}  # by number: retired, and not delivered yet
+        # Who pops the token posts a delivery, which gives it back before it looks at what has arrived: so
+        # what arrives while there is none to pop is seen. A list, for the reason that Strand has.
+        self._due = [True]
         self._number = 0  # of the next receive to be posted
         self._next = 0  # number of the next one to be delivered; the strand's
         self._senders: dict[bytes, Address] = {}
@@ -122,6 +125,7 @@ class DatagramChannel:
         self._queued = 0
         self._sending: Operation | None = None  # the overlapped send of the queue's head
         self._above = False
+        self._drain_waits = False  # a call of on_drain waits on the strand
         self._receive_backoff = _Backoff()
         self._send_backoff = _Backoff()
         self._groups: set[tuple[Any, Any, Any]] = set()
@@ -146,7 +150,9 @@ class DatagramChannel:
         try:
             engine = enter_engine(self, self._at_exit, self._given, self._settings.io_threads, self._retrace)
             try:
-                self._socket.attach(engine.proactor, engine.port)
+                with self._lock:  # close() may come any moment, and must not take the handle away meanwhile
+                    if self._state == life.CONNECTING:
+                        self._socket.attach(engine.proactor, engine.port)
             except BaseException:
                 engine.leave_soon(self)
                 raise
@@ -228,7 +234,20 @@ class DatagramChannel:
             self._deliver()
             strand.leave()
         else:
-            strand.post(self._deliver)
+            self._post_delivery()
+
+    def _post_delivery(self) -> None:
+        """Have `_deliver` called, unless a delivery waits that has not looked yet. Any thread."""
+        try:
+            self._due.pop()
+        except IndexError:
+            return
+        self._strand.post(self._deliver_due)
+
+    def _deliver_due(self) -> None:
+        """Deliver what was posted for. On the strand."""
+        self._due.append(True)
+        self._deliver()
 
     def _deliver(self) -> None:
         """Deliver what has come, in the order of posting. On the strand."""
@@ -253,7 +272,7 @@ class DatagramChannel:
                 else:
                     self._join()
         if self._next in self._arrived:
-            self._strand.post(self._deliver)  # others have their turn first
+            self._post_delivery()  # others have their turn first
 
     def _deliver_unusual(self, operation: DatagramReceive) -> None:
         """Deliver a receive that brought an oversize datagram or an error. On the strand."""
@@ -328,13 +347,18 @@ class DatagramChannel:
         """Send without waiting: COMPLETED, or why not; all but a lack of room is told. Needs the lock."""
         assert self._lock._is_owned()
         code = self._socket.send_now(data, target)
-        if code in EARLIER_CODES:  # about an earlier datagram; this one was not looked at
-            self._receive_errors += 1
-            self._report(error_from_code(code, "an earlier datagram"))
+        if code in EARLIER_CODES:  # this one was not looked at
+            self._count_earlier(code)
             code = self._socket.send_now(data, target)
         if code not in RESOURCE_CODES:
             self._count_sent(code, len(data))
         return code
+
+    def _count_earlier(self, code: int) -> None:
+        """Account for a send that told of an earlier datagram. Needs the lock."""
+        assert self._lock._is_owned()
+        self._receive_errors += 1
+        self._report(error_from_code(code, "an earlier datagram"))
 
     def _count_sent(self, code: int, size: int) -> None:
         """Needs the lock."""
@@ -371,6 +395,9 @@ class DatagramChannel:
             data, target = self._queue[0]
             self._sending = operation = Operation()
             code = self._socket.send(operation, self._sent, data, target)
+            if code in EARLIER_CODES:
+                self._count_earlier(code)
+                code = self._socket.send(operation, self._sent, data, target)
             if code == PENDING:
                 return
             self._sending = None
@@ -421,10 +448,13 @@ class DatagramChannel:
         assert self._lock._is_owned()
         if self._above and self._queued <= self._settings.low_mark:
             self._above = False
-            if self._state == life.OPEN:
+            if self._state == life.OPEN and not self._drain_waits:
+                self._drain_waits = True
                 self._strand.post(self._deliver_drain)
 
     def _deliver_drain(self) -> None:
+        with self._lock:
+            self._drain_waits = False
         if self._state == life.OPEN:
             self._call(self.on_drain)
 

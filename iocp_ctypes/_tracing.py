@@ -145,9 +145,9 @@ class _StandIn:
         finally:
             self._add(began, what, RETIRE, number, transferred, status & 0xFFFFFFFF, self._knobs())
 
-    def _call(self, name: str) -> None:
+    def _call(self, name: str, *arguments: Any) -> None:
         began = perf_counter_ns()
-        getattr(self.inner, name)()
+        getattr(self.inner, name)(*arguments)
         self._add(began, name.partition("_")[0], CALL, 0, 0, 0, self._knobs())
 
     def cancel(self) -> None:
@@ -159,8 +159,8 @@ class _StandIn:
         self._call("close")
 
 
-class TracedSocket(_StandIn):
-    """A stream socket whose operations are recorded."""
+class _Mover(_StandIn):
+    """What moves bytes: the stand-in of a stream's socket or of a datagram socket."""
 
     __slots__ = ()
 
@@ -177,19 +177,6 @@ class TracedSocket(_StandIn):
             operation.handler = handler
         self._add(began, "receive", SUBMIT, number, size, code, self._knobs())
         return code
-
-    def send(self, operation: Operation, handler: Handler, *arguments: Any) -> int:
-        """Record a send."""
-        size = operation.length
-        return self._submit("send", self.inner.send, operation, handler, arguments, size)
-
-    def transmit(self, operation: Any, handler: Handler) -> int:
-        """Record a TransmitFile."""
-        return self._submit("transmit", self.inner.transmit, operation, handler, (), operation.length)
-
-    def connect(self, operation: Operation, handler: Handler, *arguments: Any) -> int:
-        """Record a connect."""
-        return self._submit("connect", self.inner.connect, operation, handler, arguments, 0)
 
     def _submit(
         self,
@@ -212,12 +199,35 @@ class TracedSocket(_StandIn):
         self._add(began, what, SUBMIT, number, size, code, (backlog, sends, receives, queued))
         return code
 
+
+class TracedSocket(_Mover):
+    """A stream socket whose operations are recorded."""
+
+    __slots__ = ()
+
+    def send(self, operation: Operation, handler: Handler, *arguments: Any) -> int:
+        """Record a send."""
+        size = operation.length
+        return self._submit("send", self.inner.send, operation, handler, arguments, size)
+
+    def transmit(self, operation: Any, handler: Handler) -> int:
+        """Record a TransmitFile."""
+        return self._submit("transmit", self.inner.transmit, operation, handler, (), operation.length)
+
+    def connect(self, operation: Operation, handler: Handler, *arguments: Any) -> int:
+        """Record a connect."""
+        return self._submit("connect", self.inner.connect, operation, handler, arguments, 0)
+
+    def cancel_receive(self, operation: Operation) -> None:
+        """Record it, as a cancel."""
+        self._call("cancel_receive", operation)
+
     def shutdown_send(self) -> None:
         """Record it."""
         self._call("shutdown_send")
 
 
-class TracedDatagrams(TracedSocket):
+class TracedDatagrams(_Mover):
     """A datagram socket whose operations are recorded."""
 
     __slots__ = ()

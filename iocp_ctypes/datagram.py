@@ -24,13 +24,12 @@ from ._errors import RESOURCE_CODES, ConnectionClosedError, error_from_code
 from ._lifecycle import CloseReason
 from ._options import Usage
 from ._proactor import COMPLETED
+from .engine import Engine
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from typing_extensions import Self, Unpack
-
-    from .engine import Engine
 
 #: The option is not known to the system.
 WSAENOPROTOOPT: Final = 10042
@@ -65,7 +64,8 @@ class Datagram(DatagramChannel):
                 port 0 any port. May be a name, which is looked up.
             type: socket.SOCK_DGRAM, or socket.SOCK_RAW, which Windows gives to administrators only.
             protocol: 0 for UDP; for raw sockets for example socket.IPPROTO_ICMP.
-            engine: whose threads to use; None: the engine of the process.
+            engine: whose threads to use; None: the engine of the process, or one of its own where
+                `io_threads` is named.
             options: recv_depth (8 receives in flight), recv_size (64 KiB: nothing is oversize), high_mark
                 (64 KiB), low_mark (16 KiB), write_buffer_max (1 MiB), linger_timeout (5 s for what is queued
                 at close), io_threads (0: those of the process; 1 is the
@@ -83,6 +83,13 @@ class Datagram(DatagramChannel):
         learn.microsoft.com/windows/win32/api/winsock2/nf-winsock2-wsarecvfrom
         """
         settings = make_datagram_settings(options)
+        if engine is not None and not isinstance(engine, Engine):
+            raise TypeError(f"engine={engine!r}: must be an Engine or None")
+        if engine is not None and settings.io_threads:
+            count = settings.io_threads
+            raise ValueError(
+                f"io_threads={count}: the given engine has its own threads; leave one of the two out"
+            )
         kind, protocol = checks.check_kind(type, protocol)
         place = check_address(address)
         if kind == socket.SOCK_RAW and place[0] == "":

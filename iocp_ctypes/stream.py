@@ -47,6 +47,9 @@ _ALL: Final = 1 << 62
 #: A stream's writers wait at the high mark, so nothing overflows.
 _NO_OVERFLOW: Final = 1 << 40
 
+#: The attribute of an exception that names the connection whose stream raised it.
+_RAISED_BY: Final = "_iocp_ctypes_raised_by"
+
 _UNSET: Final[Any] = object()
 
 
@@ -161,9 +164,9 @@ class Stream:
             raise TypeError(f"connection={connection!r}: streams are made by open_stream and StreamServer")
         self._timeout = check_timeout("timeout", timeout)
         self._closed = False
+        self._told = False  # `close` has returned or said what was lost, or nobody wants to know: `abort`
         self._feed = connection
         self._reading = threading.Lock()
-        self._blamed: BaseException | None = None
 
     def __del__(self) -> None:
         """Warn of a stream that nobody closed, and abort its connection.
@@ -224,10 +227,17 @@ class Stream:
             self._feed.changed.wait(min(left, SLICE))
 
     def _blame(self, exc: Exception) -> Exception:
-        """Note what this stream raises in a server's function; see StreamServer."""
+        """Mark what this stream raises in a server's function; see StreamServer.
+
+        The mark is on the exception, because several threads of a function may be told at once.
+        """
         if self._feed.server is not None:
-            self._blamed = exc
+            exc.__dict__[_RAISED_BY] = self._feed.id
         return exc
+
+    def _raised(self, exc: BaseException) -> bool:
+        """Whether that came from this stream."""
+        return exc.__dict__.get(_RAISED_BY) == self._feed.id
 
     def _gone(self, what: str) -> Exception:
         """What to raise where the connection or this stream is at its end."""
@@ -439,24 +449,29 @@ class Stream:
 
         Raises:
             TimeoutError: not done in time; it goes on nevertheless, and `close` may be called again.
-            ConnectionError: the connection failed before all that was written was sent.
+            ConnectionError: the connection ended before all that was written was sent; said once.
             RuntimeError: called from a callback; `abort` may be.
         """
         feed = self._feed
         if feed._home.is_callback_thread():
             raise RuntimeError("close(): called from a callback, which must not wait")
-        first, self._closed = not self._closed, True
+        told = self._told  # before waiting: an abort meanwhile is what this call has to tell
+        self._closed = True
         feed.close()
         with feed.changed:
             feed.changed.notify_all()
             self._wait(lambda: feed.over, timeout, "close()")
             feed.buffer.clear()
-        if first and feed.error is not None and feed._flow.lost:
-            raise self._blame(feed.error.with_traceback(None))
+        self._told = True
+        if feed._flow.lost and not told:
+            if feed.error is not None:
+                raise self._blame(feed.error.with_traceback(None))
+            text = "close(): the connection was aborted before all that was written was sent"
+            raise self._blame(ConnectionClosedError(text))
 
     def abort(self) -> None:
         """Close at once: what is unsent is dropped and the peer sees a reset. Any thread; never blocks."""
-        self._closed = True
+        self._closed = self._told = True
         self._feed.abort()
         with self._feed.changed:
             self._feed.changed.notify_all()

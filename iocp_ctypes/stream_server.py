@@ -56,8 +56,8 @@ class _Pool:
         except RuntimeError:
             with self._lock:
                 self._threads.discard(thread)
-                if self._threads:
-                    return  # those there are will do it
+                if self._threads or task not in self._waiting:
+                    return  # those there are will do it, or have done it
                 self._waiting.remove(task)
             raise
 
@@ -140,15 +140,14 @@ class StreamServer(Server):
         try:
             self._function(stream)
         except BaseException as exc:
-            if exc is stream._blamed:
+            if stream._raised(exc):
                 log.debug("%r ended: %s", feed, exc)
                 feed.abort()
             else:
                 feed._callback_raised(exc)
         else:
             feed.close()  # nobody waits for it: the thread is free for the next
-        stream._closed = True
-        stream._blamed = None
+        stream._closed = stream._told = True
 
     def stop(self, timeout: float = 5.0) -> bool:
         """Stop as Server does, then wait for the functions, whose streams have ended.

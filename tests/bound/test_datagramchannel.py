@@ -72,6 +72,94 @@ def test_a_callback_that_lasts_bounds_what_is_kept() -> None:
         assert slow.received == [b"%d" % number for number in range(10)]
 
 
+@pytest.mark.parametrize("at", [(0, "before"), (0, "after"), (1, "before"), (1, "after")])
+def test_what_is_retired_at_any_moment_of_a_delivery_is_delivered(at: tuple[int, str]) -> None:
+    """The moments: before a delivery that was posted has looked, when the next one is to be posted already,
+    and after it, when nobody will look again; and both with the delivery of who entered the strand, which
+    has no token to give back."""
+
+    class Held(Probe):
+        def __init__(self) -> None:
+            self.held: list[Any] = []
+            self.turns = 0
+            super().__init__(recv_depth=3)
+
+        def _received(self, operation: Any, transferred: int, status: int) -> None:
+            if operation.number < 3:
+                self.held.append((operation, transferred, status))
+            else:
+                super()._received(operation, transferred, status)
+
+        def retire(self, number: int) -> None:
+            super()._received(*self.held[number])
+
+        def _deliver(self) -> None:
+            turn, self.turns = self.turns, self.turns + 1
+            for moment in ("before", "after"):
+                if (turn, moment) == at:
+                    self.retire(2)
+                if moment == "before":
+                    super()._deliver()
+
+        def got(self, data: bytes, address: Any) -> None:
+            if data == b"0":
+                self.retire(1)
+
+    with running(Held()) as held, plain() as client:
+        for number in range(3):
+            client.sendto(b"%d" % number, held.address)
+        wait_until(lambda: len(held.held) == 3)
+        held.retire(0)
+        held.until(3)
+        assert held.received == [b"0", b"1", b"2"]
+        wait_until(lambda: not held._strand._tasks and held._strand._token, what="the strand is at rest")
+        assert held._due == [True]
+        client.sendto(b"3", held.address)
+        held.until(4)
+
+
+def test_who_delivers_at_once_leaves_the_token_of_another_thread_alone() -> None:
+    with running(Probe()) as probe, plain() as client:
+        assert probe._due.pop()  # that thread is about to post
+        for number in range(20):
+            client.sendto(b"%d" % number, probe.address)
+            probe.until(number + 1)
+        assert probe._due == []
+        probe._strand.post(probe._deliver_due)
+        wait_until(lambda: probe._due == [True])
+
+
+def test_deliveries_that_wait_are_bounded_where_callbacks_are_slower_than_the_flow() -> None:
+    class Slow(Probe):
+        deepest = retired = 0
+
+        def __init__(self) -> None:
+            self.counting = threading.Lock()
+            super().__init__(io_threads=4)
+
+        def _received(self, operation: Any, transferred: int, status: int) -> None:
+            with self.counting:
+                self.retired += not status
+            super()._received(operation, transferred, status)
+
+        def got(self, data: bytes, address: Any) -> None:
+            threading.Event().wait(0.001)  # others retire meanwhile
+            self.deepest = max(self.deepest, len(self._strand._tasks or ()))
+
+    with running(Slow()) as slow, plain() as client:
+        number = 0
+        while len(slow.received) < 500:
+            if number - len(slow.received) < 64:  # the kernel always has some, and drops none
+                client.sendto(b"%d" % number, slow.address)
+                number += 1
+            else:
+                threading.Event().wait(0.001)
+        slow.until(number)
+        assert slow.received == [b"%d" % sent for sent in range(number)]
+        assert slow.retired == number
+        assert slow.deepest <= 1
+
+
 # -- the write queue ------------------------------------------------------------------------------------
 
 
@@ -111,6 +199,32 @@ def test_marks_drops_and_drain(stuck: Any) -> None:
         assert stuck.stats().write_buffer_size == 0
         assert len(stuck.values("drain")) == 1
         assert stuck._engine.stats().resource_retries >= 1
+
+
+def test_one_drain_is_told_however_often_the_queue_drained_meanwhile(stuck: Any) -> None:
+    gate = threading.Event()
+    stuck.got = lambda _data, _address: gate.wait(10)
+    now, send = stuck._socket.send_now, stuck._socket.send
+
+    def fill_and_drain() -> None:
+        stuck._socket.send_now, stuck._socket.send = now, send
+        stuck._send_backoff.delay = 0.001
+        while stuck.send_to(b"x", client.getsockname()):
+            pass
+        stuck.free()
+        wait_until(lambda: not stuck.stats().write_buffer_size)
+
+    with plain() as client:
+        client.sendto(b"hold", stuck.address)
+        stuck.until(1)
+        for _ in range(20):
+            fill_and_drain()
+        assert len(stuck._strand._tasks) == 1
+        gate.set()
+        stuck.until(1, "drain")
+        fill_and_drain()
+        stuck.until(2, "drain")
+        assert len(stuck.values("drain")) == 2
 
 
 def test_empty_datagrams_are_bounded_as_well(stuck: Any) -> None:
@@ -165,6 +279,21 @@ def test_without_room_sends_become_operations_and_keep_their_order(io_threads: i
         assert [client.recv(100) for _ in range(150)] == [b"%d" % number for number in range(150)]
         wait_until(lambda: probe.stats().datagrams_sent == 150)
         wait_until(lambda: probe._engine.ops_pending == 8)
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_an_error_of_an_earlier_datagram_costs_a_queued_one_nothing(wanted: bool) -> None:
+    with running(Probe(report_errors=wanted)) as probe, plain() as client:
+        send: Any = probe._socket.send
+        codes = [10054]
+        probe._socket.send_now = lambda _data, _target: BUSY
+        probe._socket.send = lambda *given: codes.pop() if codes else send(*given)
+        for number in range(3):
+            assert probe.send_to(b"%d" % number, client.getsockname())
+        assert [client.recv(100) for _ in range(3)] == [b"0", b"1", b"2"]
+        wait_until(lambda: probe.stats().datagrams_sent == 3)
+        assert (probe.stats().send_errors, probe.stats().receive_errors) == (0, 1)
+        assert [exc.winerror for exc in probe.until(int(wanted), "error")] == [10054] * wanted
 
 
 # -- errors of receives ---------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ from iocp_ctypes import stream as stream_module
 
 STUCK = 12_000_000  # more bytes than the kernel takes for a peer that does not read
 SHORT = 0.05  # seconds of a time-out that is expected
+ABORTED = r"^close\(\): the connection was aborted before all that was written was sent$"
 
 
 @contextlib.contextmanager
@@ -366,6 +367,58 @@ def test_close_says_that_bytes_were_lost() -> None:
         with pytest.raises(ConnectionError):
             task.result()
         stream.close()  # said once
+
+
+def test_a_close_after_one_that_timed_out_says_that_bytes_were_lost() -> None:
+    with pair() as (stream, peer):
+        stream.write(bytes(20_000_000))
+        for _ in range(2):
+            with pytest.raises(TimeoutError):
+                stream.close(timeout=SHORT)
+        rst(peer)
+        with pytest.raises(ConnectionError):
+            stream.close()
+        stream.close()  # said once
+
+
+@pytest.mark.parametrize("how", ["connection", "stream"])
+@pytest.mark.parametrize("timed_out", [False, True])
+def test_close_says_so_where_somebody_else_aborted(how: str, timed_out: bool) -> None:
+    with pair() as (stream, _peer):
+        stream.write(bytes(20_000_000))
+        if timed_out:
+            with pytest.raises(TimeoutError):
+                stream.close(timeout=SHORT)
+        task = Task(stream.close)
+        wait_until(lambda: len(stream._feed.changed._waiters) == 1)  # type: ignore[attr-defined]
+        (stream if how == "stream" else stream.connection).abort()
+        with pytest.raises(ConnectionClosedError, match=ABORTED):
+            task.result()
+        stream.close()  # said once
+
+
+def test_close_says_so_where_the_connection_was_aborted_before() -> None:
+    with pair() as (stream, _peer):
+        stream.write(bytes(20_000_000))
+        stream.connection.abort()
+        with pytest.raises(ConnectionClosedError, match=ABORTED):
+            stream.close()
+        stream.close()  # said once
+
+
+def test_close_says_nothing_where_nothing_was_lost_or_this_stream_was_aborted_before() -> None:
+    with pair() as (stream, peer):
+        stream.write(b"x")
+        assert read_exactly(peer, 1) == b"x"
+        wait_until(lambda: not stream.connection.write_buffer_size)
+        stream.connection.abort()
+        stream.close()
+    with pair() as (stream, _peer):
+        stream.write(bytes(20_000_000))
+        with pytest.raises(TimeoutError):
+            stream.close(timeout=SHORT)
+        stream.abort()
+        stream.close()
 
 
 def test_half_close_and_an_answer_after_it() -> None:

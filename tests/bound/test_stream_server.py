@@ -13,6 +13,7 @@ import pytest
 from support import ended, raw, read_all, rst, wait_until
 
 from iocp_ctypes import ConnectionClosedError, IncompleteReadError, Stream, StreamServer, open_stream
+from iocp_ctypes.stream_server import _Pool
 
 
 @contextlib.contextmanager
@@ -104,6 +105,66 @@ def test_the_end_of_the_peer_is_no_mistake_of_the_function() -> None:
         wait_until(lambda: len(problems) == 3)
     assert isinstance(problems[0], IncompleteReadError)
     assert isinstance(problems[1], TimeoutError)
+
+
+def test_nor_is_it_where_another_thread_of_the_function_was_told_of_it_since() -> None:
+    """Nothing is logged as an error; see the guards."""
+    caught: list[BaseException] = []
+
+    def reading(stream: Stream) -> None:
+        try:
+            stream.read(1, timeout=0.05)
+        except TimeoutError as exc:
+            caught.append(exc)
+
+    def two(stream: Stream) -> None:
+        try:
+            stream.readexactly(10)
+        finally:  # a helper meets the end after this thread has, and before it lets go
+            helper = threading.Thread(target=reading, args=(stream,))
+            helper.start()
+            helper.join()
+
+    with serving_streams(two, timeout=0.05) as server, raw(server.address) as client:
+        ended(client)
+    wait_until(lambda: caught)
+
+
+def test_an_error_of_another_stream_is_the_functions_own(expects_errors: Any) -> None:
+    """What it does with other streams is its own business, and its own mistake."""
+    kept: list[Stream] = []
+
+    def asking(stream: Stream) -> None:
+        if kept:
+            kept[0].read(1, timeout=0.05)
+        kept.append(stream)
+        stream.read(1)
+
+    with serving_streams(asking) as server, raw(server.address):
+        wait_until(lambda: kept)
+        with raw(server.address) as client:
+            ended(client)
+        wait_until(lambda: expects_errors)
+
+
+def test_no_thread_for_a_task_that_others_have_done_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, done = _Pool(2), threading.Event()
+    start = threading.Thread.start
+
+    def fails(thread: threading.Thread) -> None:
+        if len(pool._threads) == 1:
+            start(thread)
+            return
+        gate.set()  # the other thread goes on, does this task as well, and ends
+        wait_until(lambda: len(pool._threads) == 1)
+        raise RuntimeError("can't start new thread")
+
+    gate = threading.Event()
+    monkeypatch.setattr(threading.Thread, "start", fails)
+    pool.run(gate.wait)  # type: ignore[arg-type]
+    pool.run(done.set)
+    assert done.is_set()
+    assert pool.wait(5)
 
 
 def test_an_error_of_the_functions_own_is_not_taken_for_the_peers(expects_errors: Any) -> None:
