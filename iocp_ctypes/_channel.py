@@ -426,8 +426,17 @@ class Channel(Lifetime):
         Needs the lock.
         """
         self._flush()
-        if self._state == life.OPEN and self._flow.relieved(self._settings.low_mark):
+        if self._relieved():
             self._strand.post(self._deliver_drain)
+
+    def _relieved(self) -> bool:
+        """Whether on_drain is to be told now, and is not on its way already. Needs the lock."""
+        assert self._lock._is_owned()
+        flow = self._flow
+        if self._state != life.OPEN or not flow.relieved(self._settings.low_mark) or flow.drain_due:
+            return False
+        flow.drain_due = True
+        return True
 
     def _overflow(self) -> bool:
         """The peer does not read: end it, rather than keep everything for it. Needs the lock."""
@@ -509,7 +518,7 @@ class Channel(Lifetime):
                 pieces = kept if isinstance(kept, list) else [Piece(kept, 0, length)]
                 self._cut_short(pieces, transferred, status, newest)
             self._flush()
-            relieved = self._state == life.OPEN and flow.relieved(self._settings.low_mark)
+            relieved = self._relieved()
             self._advance()
         if relieved:
             self._run(self._deliver_drain)
@@ -529,6 +538,8 @@ class Channel(Lifetime):
 
     def _deliver_drain(self) -> None:
         """Tell on_drain, unless the connection ended meanwhile. On the strand."""
+        with self._lock:
+            self._flow.drain_due = False
         if self._state == life.OPEN:
             self._call(self.on_drain)
 

@@ -335,7 +335,7 @@ class FileChannel(BurstChannel):
     def _after_step(self) -> bool:
         """Go on sending; True where on_drain is to be told. Needs the lock."""
         self._flush()
-        relieved = self._state == life.OPEN and self._flow.relieved(self._settings.low_mark)
+        relieved = self._relieved()
         self._advance()
         return relieved
 

@@ -42,6 +42,7 @@ class WriteFlow:
         "above",
         "alone",
         "at_once_max",
+        "drain_due",
         "files",
         "held",
         "in_flight",
@@ -63,6 +64,7 @@ class WriteFlow:
         self.files = 0  # how many files are not sent yet
         self.held = 0  # bytes that wait for a file before them, headers and trailers of files included
         self.above = False
+        self.drain_due = False  # on_drain is on its way: who is relieved again meanwhile is told by it
         self.lost = False
         self.newest: object = None  # the send in flight after which no byte has been sent
         self.alone: object = None  # the send in flight after which none may be issued before it is done

@@ -861,6 +861,24 @@ def test_on_drain_comes_at_the_low_mark_and_once(rig: Make) -> None:
     made.end()
 
 
+def test_one_on_drain_waits_however_often_the_queue_drained_meanwhile(rig: Make) -> None:
+    made = rig(high_mark=100, low_mark=10)
+    strand = made.connection._strand
+    assert strand.enter()  # a callback that lasts
+    for _ in range(5):
+        assert made.connection.send(bytes(200)) is False
+        made.complete()
+    assert len(strand._tasks or ()) == 1
+    assert "drain" not in made.connection.names
+    strand.leave()
+    made.run()
+    assert made.connection.names.count("drain") == 1
+    assert made.connection.send(bytes(200)) is False
+    made.complete()
+    assert made.connection.names.count("drain") == 2, "the next crossing is told again"
+    made.end()
+
+
 def test_no_on_drain_of_a_connection_that_is_closing(rig: Make) -> None:
     made = rig(high_mark=1, low_mark=0)
     assert made.connection.send(b"hello") is False
