@@ -150,7 +150,8 @@ def open_source(file: Any, offset: Any, count: Any) -> Source:
             raise ValueError(f"{name}={value!r}: must be a whole number, 0 or more")
     if isinstance(file, io.BytesIO):
         data = file.getvalue()
-        return Source(0, False, data, offset, _left(file, len(data), offset, count))
+        left = _left(file, len(data), offset, count)
+        return Source(0, False, data[offset : offset + left], 0, left)  # no more is kept than is sent
     if isinstance(file, (str, os.PathLike)):
         return _open_path(file, offset, count)
     if isinstance(file, io.TextIOBase):

@@ -102,6 +102,14 @@ def test_the_position_of_a_file_object_neither_matters_nor_moves(path: Path, tab
         source.close()
 
 
+def test_of_what_is_in_memory_only_the_part_is_kept() -> None:
+    whole = io.BytesIO(BYTES)
+    source = open_source(whole, 7, 10)
+    assert (source._data, source.left) == (BYTES[7:17], 10)
+    source = open_source(whole, 0, None)
+    assert source._data is whole.getvalue(), "it is not copied either"
+
+
 def test_what_was_written_and_not_flushed_is_sent(path: Path, table: Table) -> None:
     with path.open("r+b") as file:
         file.seek(0, os.SEEK_END)
