@@ -141,7 +141,9 @@ class FileChannel(BurstChannel):
 
         Args:
             file: a path, a file object of a file on disk in binary mode, or an io.BytesIO. A file object may
-                be closed when this returns; its position neither matters nor moves.
+                be closed when this returns; its position does not matter, nor does it move. (It may where the
+                system cannot open the file anew, because it was deleted or is shared with nobody: leave such
+                a file object alone until it is sent, or close it.)
             offset: where to begin, in bytes from the beginning of the file.
             count: how many bytes to send; None: up to the end.
             header: bytes to send before the file, in the same call of the system where that transmits files.

@@ -2,7 +2,8 @@
 
 Laws
 1. A Source has a handle of its own, from the file object it was opened with: the caller may close that, and
-   its position does not move. Where the system cannot open the file anew, the handle is a duplicate.
+   its position does not move. Where the system cannot open the file anew, the handle is a duplicate, and the
+   position, which both then share, moves with what is read.
 2. A Source is closed once, after its last packet: who owns it waits for that.
 3. What it knows is decided when it is opened: a file that grows is sent up to its old end, one that shrinks
    ends early, and that is an error of whoever sends it.

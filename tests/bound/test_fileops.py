@@ -214,6 +214,20 @@ def test_a_file_that_cannot_be_opened_again_is_sent_by_a_duplicate(
     source.close()
 
 
+def test_the_position_does_not_matter_where_the_handle_is_a_duplicate_but_moves(
+    path: Path, table: Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both handles are of one file object of the system, which has the position."""
+    monkeypatch.setattr(_win32files, "ReOpenFile", lambda *_: _win32.INVALID_HANDLE_VALUE)
+    with path.open("rb", buffering=0) as file:
+        file.seek(77)
+        source = open_source(file, 100, 5000)
+        assert file.tell() == 77
+        assert content(source, table) == BYTES[100:5100]
+        assert file.tell() == 5100
+        source.close()
+
+
 def test_a_temporary_file_can_be_sent(table: Table) -> None:
     with tempfile.TemporaryFile() as file:
         file.write(BYTES)
