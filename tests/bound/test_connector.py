@@ -120,15 +120,19 @@ def test_the_peer_sees_the_end_of_a_connected_socket(engine: Engine) -> None:
 def test_refusal(engine: Engine, host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     controls = watch(monkeypatch, "WSAIoctl")
     address = closed_port(host)
-    began = time.monotonic()
-    error = failed(engine, address)
-    assert time.monotonic() - began < 5  # the system tries for 2 s where SYNs to this machine are repeated
-    assert type(error) is ConnectionRefusedError
-    assert error.winerror == 10061
-    assert error.errno == errno.ECONNREFUSED
-    assert str(error).count("WinError 10061") == 1
-    assert f"{address[1]}" in str(error)
-    assert _win32.SIO_TCP_INITIAL_RTO in [call[1] for call in controls]
+    times = []
+    for _ in range(3):  # the best of three, because the machine may be busy
+        began = time.monotonic()
+        error = failed(engine, address)
+        times.append(time.monotonic() - began)
+        assert type(error) is ConnectionRefusedError
+        assert error.winerror == 10061
+        assert error.errno == errno.ECONNREFUSED
+        assert str(error).count("WinError 10061") == 1
+        assert f"{address[1]}" in str(error)
+    assert min(times) < 1  # the system tries for 2 s where SYNs to this machine are repeated
+    (values, size), *_ = [call[2:4] for call in controls if call[1] == _win32.SIO_TCP_INITIAL_RTO]
+    assert (values._obj.Rtt, values._obj.MaxSynRetransmissions, size) == (0xFFFF, 0xFE, 4)
 
 
 def test_a_dead_ipv6_address_before_a_living_ipv4_one(
