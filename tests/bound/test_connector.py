@@ -386,7 +386,8 @@ def test_an_attempt_that_is_over_in_time_is_not_what_gives_way(
         names(monkeypatch, {"two.test": [dead, dead_too]})
         connector, result = begin(engine, ("two.test", 9), local=closed_port())
         wait_until(lambda: connector._attempts)
-        (first,) = connector._attempts.values()
+        with connector._lock:  # it is held until the attempt is issued
+            (first,) = connector._attempts.values()
         first.cancel()
         wait_until(lambda: not connector._waiting and connector._attempts)
         connector._give_way(first, dead)
