@@ -2,8 +2,9 @@
 
 Laws
 1. It is in charge exactly while `_burst` is not None: from the first receive of a burst until the mode has
-   changed or, in mode "auto", the flow has calmed down, and all that was posted is retired and read. The ways
-   of `_channel` post nothing meanwhile. `_reading` is POSTED exactly while a receive is outstanding.
+   changed or, in mode "auto", the flow has calmed down, and all that was posted is retired and read, or until
+   start_tls was called and all is retired. The ways of `_channel` post nothing meanwhile. `_reading` is
+   POSTED exactly while a receive is outstanding.
 2. A receive is posted again before what it brought is read, as far as recv_buffer_max allows. While on_data
    runs the next bytes come in; what on_data does not take in stays with the peer, above the limit.
 3. Bytes, EOF and failures are handed over in the order of the receives, each at its place.

@@ -5,6 +5,8 @@ Laws
    and no thread.
 2. The addresses of a name are tried in turn, families interleaved, a new attempt STAGGER seconds after the
    last one began or as soon as one fails (RFC 8305); the first that connects wins, the others are cancelled.
+   A fixed local port is only one attempt's at a time: there the next begins when the one before is closed,
+   which gives way after its share of the time there is.
 3. `done` is called exactly once, on an I/O thread: with a socket as soon as there is one, or with why not
    once no attempt is in flight. After a time-out or a cancel a look-up is not waited for: it may take long.
 4. Success and giving up meet under the lock, the first wins. A socket whose attempt came too late is closed
@@ -16,6 +18,7 @@ Laws
 from __future__ import annotations
 
 import errno
+import functools
 import socket
 import threading
 from collections.abc import Callable
@@ -143,13 +146,27 @@ class Connector:
         """Begin the next attempt, and arrange for the one after it."""
         with self._lock:
             self._quiet()
-            while self._waiting and not self._over:
+            sock: OverlappedSocket | None = None
+            while self._waiting and not self._over and sock is None:
                 family, address = self._waiting.pop(0)
-                if self._attempt(family, address):
-                    break
+                sock = self._attempt(family, address)
             if self._waiting and not self._over:
-                self._stagger = self._engine.watchdog.later(STAGGER, self._next)
+                watchdog = self._engine.watchdog
+                if self._local is None or not self._local[1]:
+                    self._stagger = watchdog.later(STAGGER, self._next)
+                elif self._timer is not None and sock is not None:  # else as long as the system tries
+                    share = (self._timer.due - watchdog.clock()) / (len(self._waiting) + 1)
+                    give_way = functools.partial(self._give_way, sock, address)
+                    self._stagger = watchdog.later(share, give_way)
         self._conclude()
+
+    def _give_way(self, sock: OverlappedSocket, address: Address) -> None:
+        """An attempt has had its share of the time: the next has its port as soon as it is closed."""
+        with self._lock:
+            if sock in self._attempts.values():
+                text = f"{format_address(address)} did not answer in time"
+                self._error = self._error or TimeoutError(errno.ETIMEDOUT, text)
+                sock.cancel()
 
     def _quiet(self) -> None:
         """Forget when the next attempt was to begin. Needs the lock."""
@@ -158,15 +175,15 @@ class Connector:
         if stagger is not None:
             self._engine.watchdog.cancel(stagger)
 
-    def _attempt(self, family: int, address: Address) -> bool:
-        """Issue one ConnectEx; False where that failed at once. Needs the lock."""
+    def _attempt(self, family: int, address: Address) -> OverlappedSocket | None:
+        """Issue one ConnectEx and return its socket; None where that failed at once. Needs the lock."""
         assert self._lock.locked()
         engine = self._engine
         try:
             sock = open_socket(family, self._local, engine.proactor, engine.port)
         except OSError as exc:
             self._error = self._error or exc
-            return False
+            return None
         if self.traced is not None:
             sock = self.traced(sock)
         if address[0] == "::1" or address[0].startswith("127."):
@@ -181,12 +198,12 @@ class Connector:
             if code == COMPLETED:
                 engine.dispatcher.completed(operation.address, 0)
             if code in (COMPLETED, PENDING):
-                return True
+                return sock
             error = error_from_code(code, f"cannot connect to {format_address(address)}")
         del self._attempts[operation.address]
         sock.close()
         self._error = self._error or error
-        return False
+        return None
 
     def _retired(self, operation: Operation, _transferred: int, status: int) -> None:
         """Retire a ConnectEx. On an I/O thread."""

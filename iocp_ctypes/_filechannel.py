@@ -79,8 +79,9 @@ class Job:
 
     @property
     def memory(self) -> int:
-        """Bytes that are in memory."""
-        return len(self.head) + len(self.tail)
+        """Bytes that are in memory: all but those on disk."""
+        source = self.source
+        return len(self.head) + (source.left if source.in_memory else 0) + len(self.tail)
 
     def consume(self, sent: int) -> int:
         """So many bytes more were sent, in order; returns how many of them were in memory."""
@@ -140,7 +141,9 @@ class FileChannel(BurstChannel):
 
         Args:
             file: a path, a file object of a file on disk in binary mode, or an io.BytesIO. A file object may
-                be closed when this returns; its position neither matters nor moves.
+                be closed when this returns; its position does not matter, nor does it move. (It may where the
+                system cannot open the file anew, because it was deleted or is shared with nobody: leave such
+                a file object alone until it is sent, or close it.)
             offset: where to begin, in bytes from the beginning of the file.
             count: how many bytes to send; None: up to the end.
             header: bytes to send before the file, in the same call of the system where that transmits files.
@@ -154,9 +157,11 @@ class FileChannel(BurstChannel):
             TypeError: not a file, or one in text mode. ValueError: offset or count are negative or beyond the
             end, or the file is not one on disk. OSError: it cannot be opened.
 
-        Until it is sent `send` returns False, and what it takes waits in memory behind the file. A file that
-        becomes shorter meanwhile, or cannot be read, resets the connection, with close_reason "error". Any
-        thread; blocks for as long as opening takes.
+        Until it is sent `send` returns False, and what it takes waits in memory behind the file. What is in
+        memory, an io.BytesIO and header and trailer, counts as bytes of `send` do: above `write_buffer_max`
+        the connection is closed, with reason `overflow`. A file that becomes shorter meanwhile, or cannot be
+        read, resets the connection, with close_reason "error". Any thread; blocks for as long as opening
+        takes.
         Source: learn.microsoft.com/windows/win32/api/mswsock/nf-mswsock-transmitfile
         """
         return self._send_job(make_job(file, offset, count, header, trailer))
@@ -465,7 +470,9 @@ class FileChannel(BurstChannel):
             if code or len(data) != wanted:
                 self._file_failed(code)
             else:
+                before = job.memory
                 job.source.advance(wanted)
+                self._flow.held -= before - job.memory
                 self._push(data)
                 if not job.source.left:
                     self._flow.held -= len(job.tail)

@@ -2,7 +2,8 @@
 
 Laws
 1. A Source has a handle of its own, from the file object it was opened with: the caller may close that, and
-   its position does not move. Where the system cannot open the file anew, the handle is a duplicate.
+   its position does not move. Where the system cannot open the file anew, the handle is a duplicate, and the
+   position, which both then share, moves with what is read.
 2. A Source is closed once, after its last packet: who owns it waits for that.
 3. What it knows is decided when it is opened: a file that grows is sent up to its old end, one that shrinks
    ends early, and that is an error of whoever sends it.
@@ -150,7 +151,8 @@ def open_source(file: Any, offset: Any, count: Any) -> Source:
             raise ValueError(f"{name}={value!r}: must be a whole number, 0 or more")
     if isinstance(file, io.BytesIO):
         data = file.getvalue()
-        return Source(0, False, data, offset, _left(file, len(data), offset, count))
+        left = _left(file, len(data), offset, count)
+        return Source(0, False, data[offset : offset + left], 0, left)  # no more is kept than is sent
     if isinstance(file, (str, os.PathLike)):
         return _open_path(file, offset, count)
     if isinstance(file, io.TextIOBase):

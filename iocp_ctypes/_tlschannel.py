@@ -8,7 +8,8 @@ Laws
 3. on_connect comes after the handshake; what others ask for before that waits for it. The handshake goes on
    while reading is paused.
 4. What was sent before start_tls goes in the clear, what is sent after it waits for the handshake. What was
-   received and not delivered when it was called is the peer's part of the handshake, never plaintext.
+   received and not delivered when it was called is the peer's part of the handshake, never plaintext. Where
+   that was in a burst, its receives are cancelled, and what they bring is decrypted when all are back.
 5. close_notify is sent before each FIN. A FIN without one is a truncation, which ends the connection.
 """
 
@@ -22,10 +23,11 @@ from typing import TYPE_CHECKING, Any
 
 from . import _lifecycle as life
 from ._addresses import Address, format_address
+from ._burst import EOF, NOTHING, Burst
 from ._errors import ConnectionClosedError
 from ._filechannel import FileChannel
 from ._lifecycle import CloseReason
-from ._lifetime import DELIVERING, IDLE
+from ._lifetime import DELIVERING, IDLE, POSTED
 from ._options import Settings
 
 if TYPE_CHECKING:
@@ -137,9 +139,6 @@ class TLSChannel(FileChannel):
                 raise RuntimeError(f"connection {self.id} uses TLS already")
             if self._state == life.CONNECTING:
                 raise RuntimeError(f"connection {self.id} is not connected yet: connect() takes tls=")
-            if self._burst is not None:
-                text = f"connection {self.id} is receiving in burst mode: start_tls needs another recv_mode"
-                raise RuntimeError(text)
             if self._flow.files:
                 raise RuntimeError(f"connection {self.id} is sending a file: start_tls after its on_drain")
             if self._state > life.OPEN or self._eof_out or self._eof_in:
@@ -152,6 +151,9 @@ class TLSChannel(FileChannel):
             for data in (received, *(self._stash or ())):
                 codec.feed(data)
             self._stash = None
+            if self._burst is not None:
+                self._burst_cancel(self._burst, kept=0)
+                self._burst_next(self._burst)
             self._arm()
             self._strand.post(self._begin_tls)
 
@@ -247,6 +249,36 @@ class TLSChannel(FileChannel):
             super()._post_burst()
         else:
             self._post_receive(self._settings.recv_size)
+
+    def _burst_next(self, burst: Burst) -> bool:
+        """After start_tls: post nothing, and when all receives are back, decrypt what they brought.
+
+        False: delivering is begun already. Needs the lock.
+        """
+        assert self._lock._is_owned()
+        if self._tls is None or self._state >= life.JOINING:
+            return super()._burst_next(burst)
+        burst.delivering = False
+        if burst.posted:
+            self._reading = POSTED
+            return False
+        data, end = b"".join(burst.waiting()), burst.forget()
+        self._burst_ended(burst, DELIVERING)
+        self._strand.post(self._deliver_secure, data)
+        if end is not NOTHING and end is not EOF:  # EOF the next receive brings again
+            self._receive_failed(end)
+        return False
+
+    def _burst_drop(self, burst: Burst) -> None:
+        """Closing, too, may need the peer's part of the handshake. Needs the lock."""
+        if self._tls is None or self._state >= life.JOINING:
+            super()._burst_drop(burst)
+        else:
+            self._burst_next(burst)
+
+    def _burst_take(self) -> Any:
+        """What has come is no plaintext any more. On the strand; needs the lock."""
+        return super()._burst_take() if self._tls is None else NOTHING
 
     def _deliver_secure(self, data: bytes) -> None:
         """Decrypt what came, hand it to on_data, receive on. On the strand."""

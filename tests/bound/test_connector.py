@@ -15,6 +15,7 @@ from targets import closed_port, full_queue, names
 
 from iocp_ctypes import Engine, _connector, _sockops, _win32
 from iocp_ctypes import engine as engine_module
+from iocp_ctypes._addresses import parse_sockaddr
 from iocp_ctypes._connector import Connector
 
 
@@ -119,15 +120,19 @@ def test_the_peer_sees_the_end_of_a_connected_socket(engine: Engine) -> None:
 def test_refusal(engine: Engine, host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     controls = watch(monkeypatch, "WSAIoctl")
     address = closed_port(host)
-    began = time.monotonic()
-    error = failed(engine, address)
-    assert time.monotonic() - began < 5  # the system tries for 2 s where SYNs to this machine are repeated
-    assert type(error) is ConnectionRefusedError
-    assert error.winerror == 10061
-    assert error.errno == errno.ECONNREFUSED
-    assert str(error).count("WinError 10061") == 1
-    assert f"{address[1]}" in str(error)
-    assert _win32.SIO_TCP_INITIAL_RTO in [call[1] for call in controls]
+    times = []
+    for _ in range(3):  # the best of three, because the machine may be busy
+        began = time.monotonic()
+        error = failed(engine, address)
+        times.append(time.monotonic() - began)
+        assert type(error) is ConnectionRefusedError
+        assert error.winerror == 10061
+        assert error.errno == errno.ECONNREFUSED
+        assert str(error).count("WinError 10061") == 1
+        assert f"{address[1]}" in str(error)
+    assert min(times) < 1  # the system tries for 2 s where SYNs to this machine are repeated
+    (values, size), *_ = [call[2:4] for call in controls if call[1] == _win32.SIO_TCP_INITIAL_RTO]
+    assert (values._obj.Rtt, values._obj.MaxSynRetransmissions, size) == (0xFFFF, 0xFE, 4)
 
 
 def test_a_dead_ipv6_address_before_a_living_ipv4_one(
@@ -328,6 +333,68 @@ def test_a_local_address_that_is_taken(engine: Engine) -> None:
     with serving(Echo) as server, socket.create_server(("127.0.0.1", 0)) as taken:
         error = failed(engine, server.address, local=taken.getsockname())
         assert f"cannot connect from 127.0.0.1:{taken.getsockname()[1]}" in str(error)
+
+
+def test_from_a_fixed_port_a_living_address_behind_a_dead_one_is_tried(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two attempts cannot have the port at a time: each has its share of the time, and then gives way."""
+    monkeypatch.setattr(_connector, "STAGGER", 0.01)
+    local = closed_port()
+    with full_queue() as dead, serving(Echo) as server:
+        names(monkeypatch, {"two.test": [dead, server.address]})
+        began = time.monotonic()
+        sock = connected(engine, ("two.test", 9), local=local, timeout=1.0)
+        assert 0.45 < time.monotonic() - began < 1.0
+        assert parse_sockaddr(sock.local_raw) == local
+        sock.close()
+
+
+def test_from_a_fixed_port_the_next_attempt_waits_for_the_one_before(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a time-out as long as the system tries, which is what the test ends here."""
+    monkeypatch.setattr(_connector, "STAGGER", 0.01)
+    with full_queue() as dead, serving(Echo) as server:
+        names(monkeypatch, {"three.test": [closed_port(), dead, server.address]})
+        connector, result = begin(engine, ("three.test", 9), local=closed_port())
+        wait_until(lambda: len(connector._waiting) == 1)
+        time.sleep(0.1)
+        assert len(connector._attempts) == len(connector._waiting) == 1
+        for sock in list(connector._attempts.values()):
+            sock.cancel()
+        sock, error = result.wait()
+        assert error is None
+        sock.close()
+
+
+def test_from_a_fixed_port_the_first_error_is_told_when_all_fail(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with full_queue() as dead:
+        names(monkeypatch, {"none.test": [dead, closed_port()]})
+        error = failed(engine, ("none.test", 9), local=closed_port(), timeout=0.5)
+        assert type(error) is TimeoutError
+        assert f"{dead[0]}:{dead[1]} did not answer" in str(error)
+
+
+def test_an_attempt_that_is_over_in_time_is_not_what_gives_way(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The watchdog may have the deadline in hand when the attempt is retired: it must not hit the next."""
+    with full_queue() as dead, full_queue() as dead_too:
+        names(monkeypatch, {"two.test": [dead, dead_too]})
+        connector, result = begin(engine, ("two.test", 9), local=closed_port())
+        wait_until(lambda: connector._attempts)
+        with connector._lock:  # it is held until the attempt is issued
+            (first,) = connector._attempts.values()
+        first.cancel()
+        wait_until(lambda: not connector._waiting and connector._attempts)
+        connector._give_way(first, dead)
+        time.sleep(0.05)
+        assert connector._attempts
+        connector.cancel()
+        result.wait()
 
 
 def test_a_socket_that_meets_itself_is_refused(engine: Engine) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import random
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -344,6 +346,101 @@ def test_a_time_out_leaves_a_pause_alone() -> None:
         client.sendall(b"hello")
         time.sleep(SOON)
         assert connection.received == b""
+
+
+class Looked(Recorder):
+    """Counts the looks of detach() and does as told in on_data."""
+
+    looks = 0
+    task: Any = None
+
+    def got(self, data: bytes) -> None:
+        if self.task is not None:
+            self.task()
+
+    def _try_to_let_go(self, in_callback: bool) -> socket.socket | None:
+        taken = super()._try_to_let_go(in_callback)
+        self.looks += 1
+        return taken
+
+    def looked_again(self) -> None:
+        """Wait until a look that has not begun yet is over."""
+        before = self.looks
+        wait_until(lambda: self.looks >= before + 2)
+
+
+@contextlib.contextmanager
+def detaching_in_vain(connection: Any) -> Iterator[None]:
+    """For a `with` block detach() waits for a peer that does not read; then it is out of time."""
+    out_of_time = threading.Event()
+    caught: list[BaseException] = []
+
+    def detach() -> None:
+        try:
+            connection.detach(0.5)
+        except TimeoutError as exc:
+            caught.append(exc)
+        out_of_time.set()
+
+    connection.send(bytes(12 * MIB))
+    waiter = threading.Thread(target=detach)
+    waiter.start()
+    connection.looked_again()
+    yield
+    assert not out_of_time.is_set(), "the block was too slow"
+    waiter.join()
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize("recv_mode", ["flow", "burst"])
+def test_who_resumes_while_it_is_waited_for_reads_on_after_a_time_out(recv_mode: str) -> None:
+    with serving(Looked, recv_mode=recv_mode) as server, raw(server.address) as client:
+        (connection,) = made(Looked)
+        connection.until("connect")
+        connection.pause_reading()
+        with detaching_in_vain(connection):
+            connection.resume_reading()
+            client.sendall(b"hello")
+            connection.looked_again()
+            assert connection.received == b"", "the receive was cancelled, and none is posted meanwhile"
+        wait_until(lambda: connection.received == b"hello")
+
+
+@pytest.mark.parametrize("recv_mode", ["flow", "burst"])
+def test_who_pauses_while_it_is_waited_for_stays_paused_after_a_time_out(recv_mode: str) -> None:
+    go = threading.Event()
+    with serving(Looked, recv_mode=recv_mode) as server, raw(server.address) as client:
+        (connection,) = made(Looked)
+        connection.until("connect")
+
+        def pause() -> None:
+            assert go.wait(PATIENCE)
+            connection.pause_reading()
+
+        connection.task = pause
+        client.sendall(b"one")
+        connection.until("data")
+        with detaching_in_vain(connection):
+            go.set()
+            connection.looked_again()
+        client.sendall(b"two")
+        time.sleep(SOON)
+        assert connection.received == b"one"
+        connection.task = None
+        connection.resume_reading()
+        wait_until(lambda: connection.received == b"onetwo")
+
+
+def test_the_first_of_two_that_is_out_of_time_does_not_read_on_under_the_other() -> None:
+    with serving(Looked) as server, raw(server.address) as client:
+        (connection,) = made(Looked)
+        connection.until("connect")
+        with detaching_in_vain(connection):
+            with pytest.raises(TimeoutError):
+                connection.detach(0)
+            assert connection._paused
+        client.sendall(b"hello")
+        wait_until(lambda: connection.received == b"hello")
 
 
 def test_what_is_not_open_cannot_be_detached() -> None:

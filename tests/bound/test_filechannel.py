@@ -265,6 +265,41 @@ def test_header_and_trailer_count(tmp_path: Path) -> None:
         assert connection.close_reason == "overflow"
 
 
+def test_files_in_memory_count_as_bytes_do(large: Path) -> None:
+    with serving(Recorder, write_buffer_max=1 * MIB) as server, raw(server.address) as client:
+        (connection,) = made(Recorder)
+        connection.until("connect")
+        connection.send_file(large)
+        connection.send_file(io.BytesIO(bytes(600_000)))
+        connection.send_file(io.BytesIO(bytes(10 * MIB)), 5 * MIB, 100_000)
+        assert not connection.closing
+        assert connection.send_file(io.BytesIO(bytes(600_000))) is False
+        connection.until("close")
+        assert connection.close_reason == "overflow"
+        assert connection.write_buffer_size == 0
+        client.close()
+
+
+def test_what_is_in_memory_is_counted_until_it_is_sent(way: str, large: Path) -> None:
+    content = random.Random(4).randbytes(2 * MIB)
+    with serving(Recorder) as server, raw(server.address) as client:
+        (connection,) = made(Recorder)
+        connection.until("connect")
+        before = connection.stats()
+        connection.send_file(large)
+        connection.send_file(io.BytesIO(content), 100, MIB, header=b"12345", trailer=b"678")
+        connection.send_file(io.BytesIO(content))
+        waiting = MIB + 8 + len(content)
+        assert waiting <= connection.write_buffer_size <= waiting + 2 * FILE_AHEAD
+        assert connection.stats().bytes_held >= before.bytes_held + waiting
+        assert len(read_exactly(client, LARGE)) == LARGE
+        expected = b"12345" + content[100 : 100 + MIB] + b"678" + content
+        assert sha(read_exactly(client, len(expected))) == sha(expected)
+        wait_until(lambda: connection.write_buffer_size == 0)
+        assert connection._flow.held == 0
+        assert connection.send(b"x" * 100) is True
+
+
 def test_a_header_that_is_large_goes_as_bytes_do(way: str, tmp_path: Path) -> None:
     small = tmp_path / "small"
     small.write_bytes(b"file")
@@ -698,11 +733,13 @@ def test_a_slow_reader_is_not_read_ahead_for(rig: FileRig) -> None:
     rig.sock.transmits = False
     content = random.Random(3).randbytes(10 * FILE_AHEAD)
     rig.serve(lambda: rig.connection.send_file(io.BytesIO(content)))
-    unsent = []
+    flow, cut = rig.connection._flow, []
     while rig.sock.sends:
-        unsent.append(rig.connection.write_buffer_size)
+        cut.append(flow.size - flow.held)
+        assert rig.connection.write_buffer_size == len(content) - rig.connection.bytes_sent
         rig.complete()
-    assert max(unsent) <= 2 * FILE_AHEAD
+    assert max(cut) <= 2 * FILE_AHEAD
+    assert flow.size == flow.held == 0
     assert sha(bytes(rig.sock.sent)) == sha(content)
     assert rig.connection.names == ["connect", "drain"]
 

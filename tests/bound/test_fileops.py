@@ -102,6 +102,14 @@ def test_the_position_of_a_file_object_neither_matters_nor_moves(path: Path, tab
         source.close()
 
 
+def test_of_what_is_in_memory_only_the_part_is_kept() -> None:
+    whole = io.BytesIO(BYTES)
+    source = open_source(whole, 7, 10)
+    assert (source._data, source.left) == (BYTES[7:17], 10)
+    source = open_source(whole, 0, None)
+    assert source._data is whole.getvalue(), "it is not copied either"
+
+
 def test_what_was_written_and_not_flushed_is_sent(path: Path, table: Table) -> None:
     with path.open("r+b") as file:
         file.seek(0, os.SEEK_END)
@@ -204,6 +212,20 @@ def test_a_file_that_cannot_be_opened_again_is_sent_by_a_duplicate(
         source = open_source(file, 100, 5000)
     assert content(source, table) == BYTES[100:5100]
     source.close()
+
+
+def test_the_position_does_not_matter_where_the_handle_is_a_duplicate_but_moves(
+    path: Path, table: Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both handles are of one file object of the system, which has the position."""
+    monkeypatch.setattr(_win32files, "ReOpenFile", lambda *_: _win32.INVALID_HANDLE_VALUE)
+    with path.open("rb", buffering=0) as file:
+        file.seek(77)
+        source = open_source(file, 100, 5000)
+        assert file.tell() == 77
+        assert content(source, table) == BYTES[100:5100]
+        assert file.tell() == 5100
+        source.close()
 
 
 def test_a_temporary_file_can_be_sent(table: Table) -> None:

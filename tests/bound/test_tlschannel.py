@@ -927,9 +927,17 @@ def answer(sock: Any) -> bytes:
     return line.strip()
 
 
+def some(sock: Any) -> bytes:
+    data: bytes = sock.recv(65536)
+    assert data, "the end came instead"
+    return data
+
+
+@pytest.mark.parametrize("recv_mode", ["auto", "burst"])
 @pytest.mark.parametrize("work_threads", [0, 2])
-def test_starttls_on_the_server(work_threads: int) -> None:
-    with serving(Mail, work_threads=work_threads) as server, raw(server.address) as sock:
+def test_starttls_on_the_server(work_threads: int, recv_mode: str) -> None:
+    options = {"work_threads": work_threads, "recv_mode": recv_mode, "recvburst": 4}
+    with serving(Mail, **options) as server, raw(server.address) as sock:
         assert answer(sock) == b"220 hello"
         assert talk(sock, b"NOOP") == b"250 NOOP"
         assert talk(sock, b"STARTTLS") == b"220 go ahead"
@@ -944,8 +952,9 @@ def test_starttls_on_the_server(work_threads: int) -> None:
         assert connection.close_reason == "eof"
 
 
-def test_starttls_with_the_handshake_behind_the_command() -> None:
-    with serving(Mail) as server, raw(server.address) as sock:
+@pytest.mark.parametrize("recv_mode", ["auto", "burst"])
+def test_starttls_with_the_handshake_behind_the_command(recv_mode: str) -> None:
+    with serving(Mail, recv_mode=recv_mode) as server, raw(server.address) as sock:
         assert answer(sock) == b"220 hello"
         codec = TLSCodec(CLIENT, server_side=False, server_hostname="localhost")
         codec.handshake()
@@ -979,21 +988,23 @@ def test_what_is_put_behind_the_command_in_the_clear_is_never_taken_for_private(
         assert "tls" not in connection.names
 
 
-def test_what_was_received_and_not_delivered_is_not_plaintext_either() -> None:
+@pytest.mark.parametrize("recv_mode", ["flow", "burst"])
+def test_what_was_received_and_not_delivered_is_not_plaintext_either(recv_mode: str) -> None:
     """Paused, with bytes stashed: start_tls from another thread takes them for the handshake."""
 
     class Paused(Recorder):
         def connected(self) -> None:
             self.call_soon(self.pause_reading)
 
-    with serving(Paused, recv_mode="flow") as server, raw(server.address) as sock:
+    with serving(Paused, recv_mode=recv_mode) as server, raw(server.address) as sock:
         [connection] = made(Paused)
         connection.until("connect")
         wait_until(lambda: connection._paused)
+        wait_until(lambda: server.engine.ops_pending > server.backlog.in_use)
         codec = TLSCodec(CLIENT, server_side=False, server_hostname="localhost")
         codec.handshake()
         sock.sendall(codec.output())
-        wait_until(lambda: connection._stash)
+        wait_until(lambda: connection.unread)
         connection.start_tls(SERVER, server_side=True)
         while not codec.handshake():
             codec.feed(sock.recv(65536))
@@ -1003,6 +1014,104 @@ def test_what_was_received_and_not_delivered_is_not_plaintext_either() -> None:
         assert "data" not in connection.names, "reading is paused as it was"
         connection.resume_reading()
         wait_until(lambda: connection.received == b"private")
+
+
+class Bulk(Recorder):
+    """Takes `before` bytes in the clear; what comes behind them is TLS."""
+
+    before = 0
+    taken = 0
+    amid = False
+    close_at_once = False
+
+    def got(self, data: bytes) -> None:
+        if self.tls is not None:
+            self.send(data)
+            return
+        self.taken += len(data)
+        behind = self.taken - self.before
+        if behind >= 0:
+            self.amid = self._burst is not None and bool(self._burst.posted)
+            self.start_tls(SERVER, server_side=True, received=data[len(data) - behind :])
+            if self.close_at_once:
+                self.send(b"the end")
+                self.close()
+
+
+def bulk(before: int, close_at_once: bool = False) -> type[Bulk]:
+    return type("Bulks", (Bulk,), {"before": before, "close_at_once": close_at_once})
+
+
+@pytest.mark.parametrize("recv_mode", ["auto", "burst"])
+def test_starttls_amid_a_burst(recv_mode: str, io_threads: int) -> None:
+    """Its first message is in some of the receives that are posted, or in none, and comes in order."""
+    before = 100_007
+    handler = bulk(before)
+    with serving(handler, recv_mode=recv_mode, recvburst=4, recv_size=512, io_threads=io_threads) as server:
+        for number in range(16):
+            codec = TLSCodec(CLIENT, server_side=False, server_hostname="localhost")
+            codec.handshake()
+            with raw(server.address) as sock:
+                sent = bytes(before) + codec.output()
+                cut = len(sent) - number * 50
+                sock.sendall(sent[:cut])
+                sock.sendall(sent[cut:])
+                while not codec.handshake():
+                    codec.feed(some(sock))
+                got, data = b"", bytes(range(256)) * 400
+                codec.write(data)
+                sock.sendall(codec.output())
+                while len(got) < len(data):
+                    codec.feed(some(sock))
+                    got += codec.read(1 << 20) or b""
+                assert got == data
+                connection = made(handler, number + 1)[number]
+                assert connection._burst is None
+            connection.until("close")
+            connection.check()
+    assert any(connection.amid for connection in handler.made)
+
+
+def test_starttls_amid_a_burst_and_the_end_behind_it() -> None:
+    handler = bulk(100_000, close_at_once=True)
+    with serving(handler, recv_mode="burst", recvburst=4) as server, raw(server.address) as sock:
+        sock.sendall(bytes(100_000))
+        with CLIENT.wrap_socket(sock, server_hostname="localhost", suppress_ragged_eofs=False) as client:
+            assert read_exactly(client, 7) == b"the end"
+            assert client.recv(1) == b""
+        [connection] = made(handler)
+        connection.until("close")
+        connection.check()
+        assert connection.close_reason == "local"
+
+
+@pytest.mark.parametrize("end", ["eof", "reset"])
+def test_a_peer_that_ends_amid_the_burst_instead_of_shaking_hands(end: str) -> None:
+    go = threading.Event()
+
+    class Late(Bulk):
+        before = 100_000
+
+        def got(self, data: bytes) -> None:
+            assert go.wait(PATIENCE)
+            super().got(data)
+
+    with serving(Late, recv_mode="burst", recvburst=4, recv_size=32_768) as server:
+        sock = raw(server.address)
+        sock.sendall(bytes(100_000))
+        [connection] = made(Late)
+        connection.until("data")
+        if end == "eof":
+            sock.shutdown(socket.SHUT_WR)
+        else:
+            rst(sock)
+        time.sleep(0.05)
+        go.set()
+        connection.until("close")
+        connection.check()
+        assert connection.close_reason in (("tls",) if end == "eof" else ("tls", "reset"))
+        assert "eof" not in connection.names
+        sock.close()
 
 
 def test_starttls_on_the_client() -> None:
