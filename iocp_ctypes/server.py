@@ -363,7 +363,7 @@ class Server(Watched, Tunables, Handover):
         peer = parse_sockaddr(sock.peer_raw)
         if peer is None or self._stopping:
             sock.close()
-            self._release("accept_failed")
+            self._release("refused" if self._stopping else "accept_failed")
             return
         if not self._welcome(peer, settings):
             sock.reset_on_close()

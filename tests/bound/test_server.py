@@ -1139,9 +1139,29 @@ def test_clients_that_come_during_the_stop_are_told(io_threads: int) -> None:
             stats = server.stats()
             assert stats.connections == 0
             assert stats.accepted == len(Echo.made) == sum(stats.closed.values())
+            assert stats.accept_failed == 0, "who came during the stop was refused"
         for connection in Echo.made:
             connection.check()
         Echo.made.clear()
+
+
+def test_who_is_accepted_while_the_server_stops_is_refused_and_counted_so() -> None:
+    seen: list[str] = []
+
+    class Late(Server):
+        def server_close(self) -> None:
+            if self._stopping and not seen:
+                with raw(self.address) as client:
+                    seen.append(ended(client))
+                    wait_until(lambda: self.stats().refused == 1, what="the refusal")
+            super().server_close()
+
+    with serving(Echo, server=Late) as server:
+        reachable(server.address)
+        assert server.stop(5) is True
+        assert seen
+        stats = server.stats()
+        assert (stats.refused, stats.accept_failed, stats.accepted) == (1, 0, 1)
 
 
 def test_methods_after_the_end_of_a_connection() -> None:
