@@ -383,10 +383,10 @@ class Server(Watched, Tunables, Handover):
             self._leave_host(peer)
             self._release("accept_failed")
             return
-        connection = self._make(peer, sock)
+        connection = self._make(peer, sock, settings)
         if connection is None:
             return
-        self._begin_with(connection, first, self._enrol(connection, sock, peer, settings))
+        self._begin_with(connection, first, self._enrol(connection))
 
     def _welcome(self, peer: Address, settings: Settings) -> bool:
         host = peer[0]

@@ -593,6 +593,34 @@ def test_a_factory_that_fails_costs_that_client_only(
     assert "could not make a connection" in record.getMessage()
 
 
+class Shadowing(Recorder):
+    """Has a name of its own where the library keeps the number of a connection."""
+
+    @property
+    def id(self) -> int:  # type: ignore[override]
+        return 5
+
+
+def test_a_connection_that_cannot_be_attached_costs_that_client_only(
+    expects_errors: list[logging.LogRecord],
+) -> None:
+    makers: list[Any] = [Shadowing, Echo]
+    with serving(lambda server, peer: makers.pop(0)(server, peer), max_per_host=1) as server:
+        with raw(server.address) as refused:
+            assert ended(refused) == "reset"
+        wait_until(lambda: server.stats().handler_failed == 1)
+        reachable(server.address)
+        wait_until(lambda: not server.stats().connections)
+        stats = server.stats()
+        assert (stats.accepted, stats.handler_failed) == (1, 1)
+        assert not server._hosts
+    (record,) = expects_errors
+    assert record.levelno == logging.ERROR
+    assert "could not make a connection for 127.0.0.1:" in record.getMessage()
+    assert record.exc_info
+    assert isinstance(record.exc_info[1], AttributeError)
+
+
 def test_a_factory_gets_server_and_peer_and_may_return_any_connection() -> None:
     calls: list[tuple[Any, Any]] = []
 
