@@ -105,6 +105,7 @@ class Acceptor:
         self._lock = threading.Lock()
         self._in_use = 0
         self._paused = False
+        self._cancelled: set[int] = set()  # the operations that `pause` cancelled, by address
         self._closing = False
         self._retrying = False
         self._to_tell: tuple[int, float] | None = None  # a failure that the log is to have
@@ -314,6 +315,7 @@ class Acceptor:
         """An AcceptEx has left the kernel. Needs the lock."""
         assert self._lock.locked()
         del pool.operations[operation.address]
+        self._cancelled.discard(operation.address)
         self._in_use -= 1
 
     def _discard(self, pool: _Pool, operation: AcceptOperation, status: int) -> None:
@@ -321,12 +323,13 @@ class Acceptor:
         operation.socket.close()
         code = winsock_code(status)
         with self._lock:
+            asked = operation.address in self._cancelled
             self._uncount(pool, operation)
             if self._closing:
                 return
             if operation.reaped:
                 self.reaped += 1
-            elif code != ERROR_OPERATION_ABORTED:
+            elif code != ERROR_OPERATION_ABORTED or not asked:
                 self.failed += 1
                 self._failures_in_row += bool(status) and code not in PEER_GONE
             if code in RESOURCE_CODES or self._failures_in_row > FAILURES_IN_ROW * self._cap:
@@ -340,6 +343,7 @@ class Acceptor:
             self._paused = True
             if not self._closing:  # else the handles are no longer ours to cancel
                 for pool in self._pools:
+                    self._cancelled.update(pool.operations)
                     pool.listening.cancel()
 
     def resume(self) -> None:

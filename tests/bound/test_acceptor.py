@@ -537,6 +537,33 @@ def test_resuming_before_the_cancelled_packets_came() -> None:
     assert bench.pool.failed == 0
 
 
+def test_what_is_cancelled_unasked_is_a_failure_and_backs_off() -> None:
+    """Nobody paused: whatever cancels, it may do so for ever."""
+    cap = 4
+    bench = Bench(cap)
+    for _ in range(FAILURES_IN_ROW * cap):
+        bench.listening.complete(CANCELLED)
+    assert (bench.pool.failed, bench.due) == (FAILURES_IN_ROW * cap, [])
+    assert bench.pool.usage.in_use == cap
+    bench.listening.complete(CANCELLED)
+    assert bench.pool.usage.in_use == cap - 1
+    assert bench.back_off() == RETRY_FIRST
+    assert bench.pool.usage.in_use == cap
+
+
+def test_only_what_was_posted_when_accepting_paused_was_cancelled_by_that() -> None:
+    bench = Bench(cap=3)
+    asked = list(bench.listening.posted)
+    bench.pool.pause()
+    for operation in asked[:2]:
+        bench.listening.complete(CANCELLED, operation=operation)
+    bench.pool.resume()
+    for operation in list(bench.listening.posted):
+        bench.listening.complete(CANCELLED, operation=operation)
+    assert bench.pool.failed == 2, "those that were posted after it"
+    assert bench.pool.usage == Usage(3, 3)
+
+
 def test_closing_posts_no_more_and_closes_the_sockets_of_what_was_posted() -> None:
     bench = Bench(cap=3)
     bench.pool.close()
