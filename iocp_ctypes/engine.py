@@ -7,6 +7,7 @@ Laws
    server exits.
 4. Who may not wait leaves by `leave_soon`. If it was the last, the watchdog's thread, which nobody needs any
    more, ends the others and then itself: no thread is made for it.
+5. What the kernel still has when an engine has stopped stays for ever (`_abandoned`), and so does the port.
 """
 
 from __future__ import annotations
@@ -185,7 +186,9 @@ class Engine:
             time.sleep(0.005)
         ended = self.dispatcher.stop(max(0.1, deadline - time.monotonic()))
         ended = (self.watchdog.stop(max(0.1, deadline - time.monotonic())) or on_watchdog) and ended
-        if ended and not self.ops_pending and not self.dispatcher.is_io_thread():
+        if self.ops_pending:
+            _abandoned.append(self.proactor)
+        elif ended and not self.dispatcher.is_io_thread():
             self.port.close()
         with _engines_lock:
             _engines.discard(self)
@@ -279,6 +282,11 @@ class Engine:
         """Write the trace as a file for ui.perfetto.dev; as `Server.write_trace`."""
         return write_trace(path, self.trace_records())
 
+
+#: The tables of engines that stopped while the kernel still had operations, whose memory it may yet write to:
+#: an engine that is dropped is one cycle with its table and all that is in there, and would take that along.
+#: Nothing leaves this list. Only an engine whose cancelled operations do not come back gets into it.
+_abandoned: Final[list[Proactor]] = []
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 _engines_lock = threading.Lock()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -175,16 +177,32 @@ def test_the_port_outlives_operations_that_do_not_come_back(monkeypatch: pytest.
     closed: list[CompletionPort] = []
     close = CompletionPort.close
     monkeypatch.setattr(CompletionPort, "close", lambda port: closed.append(port) or close(port))
+
+    class Lost(Operation):
+        """One that can be referred to weakly."""
+
+    kept: list[Any] = []
+    monkeypatch.setattr(engine_module, "_abandoned", kept)
     engine = Engine(1)
+    engine.proactor.pending = {}  # the guards keep the first one
     engine.enter(engine, nothing)
-    lost = Operation(16)
+    port = engine.port
+    lost = Lost(16)
+    lost.handler = engine.leave  # as with every operation: something that knows the engine, and so the table
     engine.proactor.pending[lost.address] = lost
+    still = weakref.ref(lost)
     assert engine.leave(engine, timeout=0.2) is True
     assert threads() == []
     assert closed == []
     assert engine.ops_pending == 1
-    del engine.proactor.pending[lost.address]
-    close(engine.port)
+    del engine, lost
+    gc.collect()
+    assert still() is not None, "the kernel may still write to it"
+    assert [len(proactor.pending) for proactor in kept] == [1]
+    kept.clear()
+    gc.collect()
+    assert still() is None, "so the above can fail"
+    close(port)
 
 
 def test_operations_on_their_way_are_waited_for() -> None:
