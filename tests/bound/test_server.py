@@ -796,6 +796,47 @@ def test_a_callback_may_end_the_program(fatal: type[BaseException]) -> None:
     assert Ending.made[0].close_reason == "error"
 
 
+@pytest.mark.parametrize("fatal", [SystemExit, KeyboardInterrupt])
+@pytest.mark.parametrize("where", ["on_data", "handle_error", "verify_request", "handler"])
+def test_a_callback_that_ends_the_program_stops_a_server_that_nobody_waits_for(
+    fatal: type[BaseException], where: str, expects_errors: list[logging.LogRecord]
+) -> None:
+    """Nobody is there to raise it: the log says so, once, and the server does not run on."""
+
+    class Ending(Echo):
+        def __init__(self, server: Any = None, peer_address: Any = None) -> None:
+            super().__init__(server, peer_address)
+            if where == "handler":
+                raise fatal(3)
+
+        def got(self, data: bytes) -> None:
+            raise fatal(3) if where == "on_data" else Fault
+
+    class EndingServer(Server):
+        def verify_request(self, peer_address: Any) -> bool:
+            if where == "verify_request":
+                raise fatal(3)
+            return True
+
+        def handle_error(self, connection: Connection, exc: BaseException) -> None:
+            raise fatal(3)
+
+    with serving(Ending, server=EndingServer) as server:
+        with raw(server.address) as client, contextlib.suppress(OSError):
+            peer = f"127.0.0.1:{client.getsockname()[1]}"
+            client.sendall(b"x")
+            read_all(client)
+        wait_until(server._stopped.is_set, what="the server has stopped by itself")
+        assert server.stop() is True
+        (record,) = expects_errors
+        assert where == "handle_error" or peer in record.getMessage()
+        assert "serve_forever" in record.getMessage()
+        assert record.exc_info
+        assert isinstance(record.exc_info[1], fatal)
+        with pytest.raises(fatal, match="3"):
+            server.serve_forever()
+
+
 # -- all connections at once --------------------------------------------------------------------------------
 
 
