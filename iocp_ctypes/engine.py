@@ -71,13 +71,17 @@ class Engine:
         self.port = CompletionPort(concurrency=running + STALLED_MAX)
         self.proactor = Proactor()
         self.watchdog = Watchdog()
-        self.dispatcher = Dispatcher(self.port, self.proactor, running, self.watchdog.later)
+        self.dispatcher = Dispatcher(
+            self.port, self.proactor, running, self.watchdog.later, self._threads_failed
+        )
         self.relay = Relay(self.dispatcher.call_soon)
         self._lock = threading.Lock()
         self._started = False
         self._stopped = False
+        self._failed = False  # an I/O thread could not take packets
         self._exit_actions: dict[int, Callable[[], None]] = {}
         self._retraces: dict[int, Callable[[], None]] = {}
+        self._failures: dict[int, Callable[[BaseException], None]] = {}
         self.tracing = Trace(trace)
         self._retries = 0
         self._look_ups: deque[Callable[[], None]] = deque()
@@ -85,8 +89,8 @@ class Engine:
 
     @property
     def running(self) -> bool:
-        """Whether users may enter: true until the last has left."""
-        return not self._stopped
+        """Whether users may enter: true until the last has left, or the I/O threads failed."""
+        return not (self._stopped or self._failed)
 
     @property
     def ops_pending(self) -> int:
@@ -129,23 +133,35 @@ class Engine:
             look_up()
 
     def enter(
-        self, user: Any, at_exit: Callable[[], None], retrace: Callable[[], None] | None = None
+        self,
+        user: Any,
+        at_exit: Callable[[], None],
+        retrace: Callable[[], None] | None = None,
+        failed: Callable[[BaseException], None] | None = None,
     ) -> None:
         """Begin to use the engine.
 
         `at_exit` is called when the interpreter ends before `leave` was, `retrace` when the engine's trace
-        was switched.
+        was switched, `failed` on an I/O thread with what it failed with: nothing more completes then.
         """
-        if not self._try_enter(user, at_exit, retrace):
+        if not self._try_enter(user, at_exit, retrace, failed):
             raise RuntimeError("this engine has been stopped: make another")
 
-    def _try_enter(self, user: Any, at_exit: Callable[[], None], retrace: Callable[[], None] | None) -> bool:
+    def _try_enter(
+        self,
+        user: Any,
+        at_exit: Callable[[], None],
+        retrace: Callable[[], None] | None,
+        failed: Callable[[BaseException], None] | None,
+    ) -> bool:
         with self._lock:
-            if self._stopped:
+            if self._stopped or self._failed:
                 return False
             self._exit_actions[id(user)] = at_exit
             if retrace is not None:
                 self._retraces[id(user)] = retrace
+            if failed is not None:
+                self._failures[id(user)] = failed
             if not self._started:
                 self._started = True
                 self.watchdog.start()
@@ -153,6 +169,14 @@ class Engine:
                 with _engines_lock:
                     _engines.add(self)
             return True
+
+    def _threads_failed(self, exc: BaseException) -> None:
+        """An I/O thread cannot take packets: nobody enters any more, and the users are told, once."""
+        with self._lock:
+            already, self._failed = self._failed, True
+            failures = [] if already else list(self._failures.values())
+        for failed in failures:
+            failed(exc)
 
     def leave(self, user: Any, timeout: float = STOP_TIMEOUT) -> bool:
         """End using the engine; the last one out stops it. Blocks up to `timeout` seconds then.
@@ -170,6 +194,7 @@ class Engine:
     def _was_last(self, user: Any) -> bool:
         with self._lock:
             self._retraces.pop(id(user), None)
+            self._failures.pop(id(user), None)
             if self._exit_actions.pop(id(user), None) is None or self._exit_actions or self._stopped:
                 return False
             self._stopped = True
@@ -300,6 +325,7 @@ def enter_engine(
     given: Engine | None,
     io_threads: int,
     retrace: Callable[[], None] | None = None,
+    failed: Callable[[BaseException], None] | None = None,
 ) -> Engine:
     """Enter the engine a user is to have.
 
@@ -308,12 +334,12 @@ def enter_engine(
     global _shared
     if given is not None or io_threads:
         engine = given if given is not None else Engine(io_threads)
-        engine.enter(user, at_exit, retrace)
+        engine.enter(user, at_exit, retrace, failed)
         return engine
     with _shared_lock:  # one new engine, whoever finds the old one left by its last user
-        if _shared is None or not _shared._try_enter(user, at_exit, retrace):
+        if _shared is None or not _shared._try_enter(user, at_exit, retrace, failed):
             _shared = Engine()
-            _shared.enter(user, at_exit, retrace)
+            _shared.enter(user, at_exit, retrace, failed)
         return _shared
 
 

@@ -157,7 +157,7 @@ class Server(Watched, Tunables, Handover):
                 raise RuntimeError("this server was started before: make another")
             settings = self._settings
             engine = self._engine = enter_engine(
-                self, self._at_exit, self._given_engine, settings.io_threads, self._retrace
+                self, self._at_exit, self._given_engine, settings.io_threads, self._retrace, self._io_failed
             )
             workers = self._workers = WorkThreads(settings.work_threads) if settings.work_threads else None
             self._home = Home(
@@ -475,6 +475,11 @@ class Server(Watched, Tunables, Handover):
             with contextlib.suppress(RuntimeError):  # the system is short of threads: it is logged, at least
                 threading.Thread(target=self.stop, name="iocp_ctypes stop").start()
         log.error("%s; the server stops, for no serve_forever is there to raise it", what, exc_info=exc)
+
+    def _io_failed(self, exc: BaseException) -> None:
+        if self._role is not None:  # what its parent can be told
+            exc = SystemExit(f"the I/O threads of a worker process failed: {exc}")
+        self._end_serving(exc, "the I/O threads failed")
 
     def _look_for_silent(self) -> None:
         """Reap sockets that are connected and silent inside AcceptEx, every so often.
