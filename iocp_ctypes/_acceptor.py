@@ -10,10 +10,13 @@ Laws
 5. Accepting is not greedy: after a few AcceptEx in a row what the others brought has its turn. More are
    retired and replaced than connections begin, for the kernel's queue is short: those wait in `_arrived`.
    Who puts something there, or into `_packets`, sees to it that a turn is due.
+6. Whatever is raised in here, out of memory or by a user's logging handler: a connection that came is handed
+   over or closed, who waits has another turn, and a pool that is short is filled up later.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections import deque
@@ -44,6 +47,8 @@ FAILURES_IN_ROW: Final = 2
 #: meanwhile are served, those of who is there.
 RETIRED_IN_ROW: Final = 4
 BEGUN_IN_ROW: Final = 1
+#: ERROR_NOT_ENOUGH_MEMORY, in place of the code of a call that was not made because something was raised.
+NO_MEMORY: Final = 8
 #: Connections that wait to begin; above it no AcceptEx is replaced, and the kernel's queue fills.
 ARRIVED_MAX: Final = 1024
 #: Seconds between two looks at sockets that are connected and silent inside AcceptEx, at the most.
@@ -105,9 +110,10 @@ class Acceptor:
         self._lock = threading.Lock()
         self._in_use = 0
         self._paused = False
+        self._cancelled: set[int] = set()  # the operations that `pause` cancelled, by address
         self._closing = False
         self._retrying = False
-        self._to_tell: tuple[int, float] | None = None  # a failure that the log is to have
+        self._to_tell: tuple[int, float, Exception | None] | None = None  # a failure for the log
         self._retry_delay = RETRY_FIRST
         self._short: Recovery | None = None  # while the cap is less than was assigned
         self._failures_in_row = 0
@@ -172,20 +178,24 @@ class Acceptor:
                 pools = [pool for pool in pools if self._in_use < room or not pool.operations]
                 pools = [pool for pool in pools if self._post(pool) and len(pool.operations) < pool.share]
             told, self._to_tell = self._to_tell, None
-        if told is not None:  # not under the lock: who handles the record may ask for our figures
-            log.warning("an AcceptEx could not be posted (error %d): trying again in %.2f s", *told)
+        if told is not None:  # not here: who handles the record may block, raise or ask for our figures
+            self._dispatcher.call_soon(functools.partial(_tell, *told))
 
     def _post(self, pool: _Pool) -> bool:
         """Post one AcceptEx; False where it failed and a retry was arranged. Needs the lock."""
         assert self._lock.locked()
-        operation, code = pool.listening.accept(self._retired, self._data_size, pool)
+        raised: Exception | None = None
+        try:
+            operation, code = pool.listening.accept(self._retired, self._data_size, pool)
+        except Exception as exc:
+            operation, code, raised = None, NO_MEMORY, exc
         if operation is not None:
             pool.operations[operation.address] = operation
             self._in_use += 1
             return True
         self.unreplaced += 1
         if self._retry_delay == RETRY_FIRST:  # once for each time it begins
-            self._to_tell = code, self._retry_delay
+            self._to_tell = code, self._retry_delay, raised
         self._retry_later(code)
         return False
 
@@ -198,8 +208,8 @@ class Acceptor:
             self._cap = self._short.shrink("backlog", self._cap, self._in_use)
             self._share_out()
         if not self._retrying:
-            self._retrying = True
             self._watchdog.later(self._retry_delay, self._retry)
+            self._retrying = True  # once it is sure to come
             self._retry_delay = min(RETRY_MAX, self._retry_delay * 2)
 
     def _retry(self) -> None:
@@ -263,13 +273,20 @@ class Acceptor:
         """Take some of those that wait. On an I/O thread."""
         with self._lock:
             alone = self._round == self._dispatcher.round  # the others brought nothing meanwhile
-            packets = [self._packets.popleft() for _ in range(min(RETIRED_IN_ROW, len(self._packets)))]
+            count = min(RETIRED_IN_ROW, len(self._packets))
             # Whom these bring waits: all are replaced before a callback takes its time.
-            self._new_row(len(packets), BEGUN_IN_ROW)
-        for operation, transferred in packets:
-            self._take(operation, transferred, operation.Internal)
-        with self._lock:
-            self._turn_due = False
+            self._new_row(count, BEGUN_IN_ROW)
+        taken = False
+        try:
+            for _ in range(count):  # one by one: what is raised on the way keeps none of the others
+                operation, transferred = self._packets.popleft()
+                self._take(operation, transferred, operation.Internal)
+            taken = True
+        finally:
+            with self._lock:
+                self._turn_due = False
+                if not taken:  # the rest, and who has arrived, have another
+                    self._arrange_turn()
         for _ in range(RETIRED_IN_ROW if alone else BEGUN_IN_ROW):
             with self._lock:
                 waiting = self._arrived.popleft() if self._arrived else None
@@ -283,15 +300,27 @@ class Acceptor:
 
     def _take(self, operation: AcceptOperation, transferred: int, status: int) -> None:
         """Take what an AcceptEx brought, and replace it. On an I/O thread."""
+        try:
+            self._finish(operation, transferred, status)
+        except BaseException:
+            with self._lock:
+                self._retry_later(0)
+            raise
+
+    def _finish(self, operation: AcceptOperation, transferred: int, status: int) -> None:
+        """Hand over what an AcceptEx brought, or discard it, once it was replaced."""
         pool: _Pool = operation.home
         if self._closing or status:
             self._discard(pool, operation, status)
             return
         try:
             accepted, first = pool.listening.finish(operation, transferred)
-        except OSError as exc:
-            log.debug("a peer was gone before it was accepted: %s", exc)
+        except Exception as exc:
             self._discard(pool, operation, 0)
+            if isinstance(exc, OSError):
+                log.debug("a peer was gone before it was accepted: %s", exc)
+            else:
+                log.error("a connection that came could not be accepted", exc_info=exc)
             return
         self._admit()  # before the AcceptEx is uncounted: in between it would look as if there were room
         with self._lock:
@@ -305,15 +334,18 @@ class Acceptor:
             if waits:
                 self._arrived.append((accepted, first))
                 self._arrange_turn()
-        pool.listening.give(operation)
-        self.top_up()
-        if not waits:
-            self._accepted(accepted, first)
+        try:
+            pool.listening.give(operation)
+            self.top_up()
+        finally:
+            if not waits:
+                self._accepted(accepted, first)
 
     def _uncount(self, pool: _Pool, operation: AcceptOperation) -> None:
         """An AcceptEx has left the kernel. Needs the lock."""
         assert self._lock.locked()
         del pool.operations[operation.address]
+        self._cancelled.discard(operation.address)
         self._in_use -= 1
 
     def _discard(self, pool: _Pool, operation: AcceptOperation, status: int) -> None:
@@ -321,12 +353,13 @@ class Acceptor:
         operation.socket.close()
         code = winsock_code(status)
         with self._lock:
+            asked = operation.address in self._cancelled
             self._uncount(pool, operation)
             if self._closing:
                 return
             if operation.reaped:
                 self.reaped += 1
-            elif code != ERROR_OPERATION_ABORTED:
+            elif code != ERROR_OPERATION_ABORTED or not asked:
                 self.failed += 1
                 self._failures_in_row += bool(status) and code not in PEER_GONE
             if code in RESOURCE_CODES or self._failures_in_row > FAILURES_IN_ROW * self._cap:
@@ -340,6 +373,7 @@ class Acceptor:
             self._paused = True
             if not self._closing:  # else the handles are no longer ours to cancel
                 for pool in self._pools:
+                    self._cancelled.update(pool.operations)
                     pool.listening.cancel()
 
     def resume(self) -> None:
@@ -372,3 +406,10 @@ class Acceptor:
             for pool in self._pools:
                 pool.listening.cancel()
                 pool.listening.close()
+
+
+def _tell(code: int, delay: float, raised: Exception | None) -> None:
+    """Log that an AcceptEx could not be posted. On an I/O thread."""
+    log.warning(
+        "an AcceptEx could not be posted (error %d): trying again in %.2f s", code, delay, exc_info=raised
+    )

@@ -148,7 +148,8 @@ class DatagramChannel:
                 raise RuntimeError("a Datagram is started once: make another")
             self._started = True
         try:
-            engine = enter_engine(self, self._at_exit, self._given, self._settings.io_threads, self._retrace)
+            io_threads = self._settings.io_threads
+            engine = enter_engine(self, self._at_exit, self._given, io_threads, retrace=self._retrace)
             try:
                 with self._lock:  # close() may come any moment, and must not take the handle away meanwhile
                     if self._state == life.CONNECTING:

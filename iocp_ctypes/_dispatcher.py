@@ -10,12 +10,14 @@ Laws
    it in the same turn as the look before. Then another takes its place; it waits in reserve once its
    callback returns.
 4. Handlers do not raise. One that does is a defect of this library: it is logged, and the thread goes on.
+   A thread that cannot take packets ends, and whoever made the dispatcher is told: nobody may go on waiting.
 5. Stopping: a flag, and a WAKE packet that each leaving thread posts again, so that no batch can swallow it.
    Who leaves serves what is ready: a callback that outlasts `stop` still has its on_close after it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import threading
@@ -79,6 +81,7 @@ class Dispatcher:
         proactor: Proactor,
         running: int,
         later: Callable[[float, Callable[[], None]], object],
+        failed: Callable[[BaseException], object] = lambda _exc: None,
     ) -> None:
         """Make a dispatcher; threads come with `start`.
 
@@ -87,12 +90,14 @@ class Dispatcher:
             proactor: the pending table they are looked up in.
             running: how many threads serve at a time.
             later: `later(seconds, function)` calls a function after a while, on a thread that never blocks.
+            failed: called with what a thread failed with that cannot take packets, on that thread.
         """
         self._port = port
         self._proactor = proactor
         self._running_max = running
         self._batch_size = BATCH_ALONE if running == 1 else BATCH_SHARED
         self._later = later
+        self._failed = failed
         self._ready: deque[tuple[Any, int]] = deque()
         self._lock = threading.Lock()
         self._workers: set[_Worker] = set()
@@ -222,8 +227,10 @@ class Dispatcher:
         me.ident = threading.get_ident()
         try:
             self._serve(me)
-        except OSError:
-            log.critical("an I/O thread could not take packets off the port", exc_info=True)
+        except BaseException as exc:
+            _complain("an I/O thread could not take packets off the port", exc)
+            if not self._stopping:
+                self._failed(exc)
         finally:
             with self._lock:
                 self._workers.discard(me)
@@ -280,8 +287,8 @@ class Dispatcher:
                         operation.handler(operation, transferred, operation.Internal)  # type: ignore[misc]
                     elif what:
                         what()
-                except Exception:
-                    log.critical("a handler raised, which is a defect of iocp_ctypes", exc_info=True)
+                except Exception as exc:
+                    _complain("a handler raised, which is a defect of iocp_ctypes", exc)
                 if me.relieved and not self._rejoin(me):
                     return
 
@@ -348,3 +355,9 @@ class Dispatcher:
             busy = any(worker.busy for worker in self._serving.values())
         if busy and self._looking.acquire(False):
             self._later(STALL_CHECK, self._look)
+
+
+def _complain(what: str, exc: BaseException) -> None:
+    """Log what should not be; a user's logging handler that raises ends no thread."""
+    with contextlib.suppress(Exception):
+        log.critical(what, exc_info=exc)

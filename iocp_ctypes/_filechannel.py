@@ -159,9 +159,9 @@ class FileChannel(BurstChannel):
 
         Until it is sent `send` returns False, and what it takes waits in memory behind the file. What is in
         memory, an io.BytesIO and header and trailer, counts as bytes of `send` do: above `write_buffer_max`
-        the connection is closed, with reason `overflow`. A file that becomes shorter meanwhile, or cannot be
-        read, resets the connection, with close_reason "error". Any thread; blocks for as long as opening
-        takes.
+        the connection is closed, with reason `overflow`; but a BytesIO for which nothing waits may be larger.
+        A file that becomes shorter meanwhile, or cannot be read, resets the connection, with close_reason
+        "error". Any thread; blocks for as long as opening takes.
         Source: learn.microsoft.com/windows/win32/api/mswsock/nf-mswsock-transmitfile
         """
         return self._send_job(make_job(file, offset, count, header, trailer))
@@ -176,7 +176,10 @@ class FileChannel(BurstChannel):
             if not job.size:
                 job.source.close()
                 return not flow.above
-            if flow.files >= FILES_MAX or flow.size + job.memory > self._settings.write_buffer_max:
+            # Alone it may be larger: the caller has it in memory anyway, and files have no limit either.
+            alone = job.source.in_memory and not flow.size and not flow.files
+            too_much = flow.size + job.memory > self._settings.write_buffer_max and not alone
+            if flow.files >= FILES_MAX or too_much:
                 job.source.close()
                 return self._overflow()
             files = self._files

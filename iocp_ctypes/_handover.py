@@ -136,10 +136,10 @@ class Handover:
         with self._lock:
             self._peak = max(self._peak, self._open)
             self._hosts[peer[0]] += 1
-        connection = self._make(peer, adopted)
+        connection = self._make(peer, adopted, settings)
         if connection is None:
             raise RuntimeError("adopt(): the handler made no connection; the log says why")
-        stopping = self._enrol(connection, adopted, peer, settings)
+        stopping = self._enrol(connection)
         home.engine.dispatcher.call_soon(functools.partial(self._begin_with, connection, first, stopping))
         return connection
 
@@ -157,9 +157,8 @@ class Handover:
             self._gone_one.notify_all()
         self._refill_soon()
 
-    def _enrol(self, connection: Connection, sock: Accepted, peer: Address, settings: Settings) -> bool:
+    def _enrol(self, connection: Connection) -> bool:
         """Put a new connection into the table; whether the server is stopping."""
-        connection._attach(self, self._home, sock, settings, peer)
         with self._lock:
             self._connections[connection.id] = connection
             self._counts["accepted"] += 1
@@ -171,8 +170,12 @@ class Handover:
         if stopping:  # it came while stop() was counting: it is told as well
             connection._shutdown()
 
-    def _make(self, peer: Address, sock: Accepted) -> Connection | None:
-        """Have the handler make a connection; where it cannot, the socket is reset and released."""
+    def _make(self, peer: Address, sock: Accepted, settings: Settings) -> Connection | None:
+        """Have the handler make a connection and give it its socket.
+
+        Where that cannot be, the socket is reset and released. What the connection's class has in the place
+        of a name of ours fails when the socket is given, and is the handler's mistake as well.
+        """
         try:
             connection: Any = self._handler(self, peer)
             if not isinstance(connection, Connection):
@@ -180,6 +183,7 @@ class Handover:
             if hasattr(connection, "_state"):
                 raise ValueError(f"the handler returned {connection!r} a second time: each needs its own")
             made: Connection = connection
+            made._attach(self, self._home, sock, settings, peer)
             return made
         except BaseException as exc:
             self._hook_failed(exc, f"the handler could not make a connection for {format_address(peer)}")

@@ -269,7 +269,7 @@ class Processes:
         if report.gone:
             self.gone(report.gone)
         if report.fatal is not None:
-            self._server._fatal = report.fatal
+            self._server._end_serving(report.fatal, "a callback in a worker process raised")
         if report.shutdown:
             self._server.shutdown()
 

@@ -55,7 +55,7 @@ class _Client:
     def __init__(self, engine: Engine | None) -> None:
         self.connection: Connection | None = None  # from its attaching to its on_close: no cycle is left then
         self.past = Traffic()  # of the connection when it has gone
-        self.engine = enter_engine(self, self.at_exit, engine, 0, self.retrace, self.moved)
+        self.engine = enter_engine(self, self.at_exit, engine, 0, retrace=self.retrace, moved=self.moved)
 
     def at_exit(self) -> None:
         """The interpreter ends."""

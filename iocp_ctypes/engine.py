@@ -7,6 +7,7 @@ Laws
    server exits.
 4. Who may not wait leaves by `leave_soon`. If it was the last, the watchdog's thread, which nobody needs any
    more, ends the others and then itself: no thread is made for it.
+5. What the kernel still has when an engine has stopped stays for ever (`_abandoned`), and so does the port.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, NamedTuple
 
 from ._dispatcher import STALLED_MAX, Dispatcher
 from ._options import check_option
@@ -52,6 +53,18 @@ def default_io_threads() -> int:
     return max(1, os.cpu_count() or 1)
 
 
+def _nothing(*_args: object) -> None: ...
+
+
+class User(NamedTuple):
+    """What an engine tells and asks one of its users. Called without the engine's lock, on any thread."""
+
+    at_exit: Callable[[], None]  # the interpreter ends before `leave` was called
+    retrace: Callable[[], None] = _nothing  # the engine's trace was switched
+    failed: Callable[[BaseException], None] = _nothing  # an I/O thread failed: nothing more completes
+    moved: Callable[[], Traffic] = Traffic  # what its connections have moved; asked again when it leaves
+
+
 class Engine:
     """A completion port, its threads and its watchdog. Thread-safe; nothing here but `stop` blocks."""
 
@@ -70,15 +83,16 @@ class Engine:
         self.port = CompletionPort(concurrency=running + STALLED_MAX)
         self.proactor = Proactor()
         self.watchdog = Watchdog()
-        self.dispatcher = Dispatcher(self.port, self.proactor, running, self.watchdog.later)
+        self.dispatcher = Dispatcher(
+            self.port, self.proactor, running, self.watchdog.later, self._threads_failed
+        )
         self.relay = Relay(self.dispatcher.call_soon)
         self._lock = threading.Lock()
         self._started = False
         self._stopped = False
-        self._exit_actions: dict[int, Callable[[], None]] = {}
-        self._retraces: dict[int, Callable[[], None]] = {}
-        self._moving: dict[int, Callable[[], Traffic]] = {}  # what connections of the users have moved
-        self._moved = Traffic()  # those of users that have left
+        self._failed = False  # an I/O thread could not take packets
+        self._users: dict[int, User] = {}  # by the id of the object that entered
+        self._moved = Traffic()  # by connections of users that have left
         self.tracing = Trace(trace)
         self._retries = 0
         self._look_ups: deque[Callable[[], None]] = deque()
@@ -86,8 +100,8 @@ class Engine:
 
     @property
     def running(self) -> bool:
-        """Whether users may enter: true until the last has left."""
-        return not self._stopped
+        """Whether users may enter: true until the last has left, or the I/O threads failed."""
+        return not (self._stopped or self._failed)
 
     @property
     def ops_pending(self) -> int:
@@ -129,36 +143,16 @@ class Engine:
                 look_up = self._look_ups.popleft()
             look_up()
 
-    def enter(
-        self,
-        user: Any,
-        at_exit: Callable[[], None],
-        retrace: Callable[[], None] | None = None,
-        moved: Callable[[], Traffic] | None = None,
-    ) -> None:
-        """Begin to use the engine.
-
-        `at_exit` is called when the interpreter ends before `leave` was, `retrace` when the engine's trace
-        was switched, `moved` for its figures, and when the user leaves.
-        """
-        if not self._try_enter(user, at_exit, retrace, moved):
+    def enter(self, user: Any, at_exit: Callable[[], None], **hooks: Any) -> None:
+        """Begin to use the engine; the rest as in `User`."""
+        if not self._try_enter(user, User(at_exit, **hooks)):
             raise RuntimeError("this engine has been stopped: make another")
 
-    def _try_enter(
-        self,
-        user: Any,
-        at_exit: Callable[[], None],
-        retrace: Callable[[], None] | None,
-        moved: Callable[[], Traffic] | None,
-    ) -> bool:
+    def _try_enter(self, user: Any, hooks: User) -> bool:
         with self._lock:
-            if self._stopped:
+            if not self.running:
                 return False
-            self._exit_actions[id(user)] = at_exit
-            if retrace is not None:
-                self._retraces[id(user)] = retrace
-            if moved is not None:
-                self._moving[id(user)] = moved
+            self._users[id(user)] = hooks
             if not self._started:
                 self._started = True
                 self.watchdog.start()
@@ -166,6 +160,14 @@ class Engine:
                 with _engines_lock:
                     _engines.add(self)
             return True
+
+    def _threads_failed(self, exc: BaseException) -> None:
+        """An I/O thread cannot take packets: nobody enters any more, and the users are told, once."""
+        with self._lock:
+            already, self._failed = self._failed, True
+            users = [] if already else list(self._users.values())
+        for hooks in users:
+            hooks.failed(exc)
 
     def leave(self, user: Any, timeout: float = STOP_TIMEOUT) -> bool:
         """End using the engine; the last one out stops it. Blocks up to `timeout` seconds then.
@@ -181,13 +183,14 @@ class Engine:
             self.watchdog.later(0.0, self._stop_soon)
 
     def _was_last(self, user: Any) -> bool:
-        moving = self._moving.get(id(user))
-        moved = moving() if moving else None  # which may take the user's lock, and not under ours
+        hooks = self._users.get(id(user))
+        moved = hooks.moved() if hooks else None  # which may take the user's lock, and not under ours
         with self._lock:
-            self._retraces.pop(id(user), None)
-            if self._moving.pop(id(user), None) and moved:
+            if self._users.pop(id(user), None) is None:
+                return False
+            if moved:
                 self._moved.add_all(moved)
-            if self._exit_actions.pop(id(user), None) is None or self._exit_actions or self._stopped:
+            if self._users or self._stopped:
                 return False
             self._stopped = True
             return True
@@ -203,7 +206,9 @@ class Engine:
             time.sleep(0.005)
         ended = self.dispatcher.stop(max(0.1, deadline - time.monotonic()))
         ended = (self.watchdog.stop(max(0.1, deadline - time.monotonic())) or on_watchdog) and ended
-        if ended and not self.ops_pending and not self.dispatcher.is_io_thread():
+        if self.ops_pending:
+            _abandoned.append(self.proactor)
+        elif ended and not self.dispatcher.is_io_thread():
             self.port.close()
         with _engines_lock:
             _engines.discard(self)
@@ -216,11 +221,11 @@ class Engine:
     def stop_at_exit(self) -> None:
         """Tell all users that the interpreter ends, let them leave, then stop."""
         with self._lock:
-            actions = list(self._exit_actions.values())
-        for action in actions:
-            action()
+            users = list(self._users.values())
+        for hooks in users:
+            hooks.at_exit()
         deadline = time.monotonic() + EXIT_TIMEOUT
-        while self._exit_actions and time.monotonic() < deadline:
+        while self._users and time.monotonic() < deadline:
             time.sleep(0.005)
         with self._lock:
             already, self._stopped = self._stopped, True
@@ -257,13 +262,13 @@ class Engine:
         dispatcher, proactor = self.dispatcher, self.proactor
         reaps, packets = dispatcher.reaps, dispatcher.packets
         with self._lock:
-            moved, moving = Traffic(self._moved), list(self._moving.values())
-        for of_one in moving:  # who leaves meanwhile is not in the sum yet
-            moved.add_all(of_one())
+            moved, users = Traffic(self._moved), list(self._users.values())
+        for hooks in users:  # who leaves meanwhile is not in the sum yet
+            moved.add_all(hooks.moved())
         return EngineStats(
             io_threads=dispatcher.threads,
             stalled_threads=dispatcher.stalled,
-            users=len(self._exit_actions),
+            users=len(users),
             sockets=len(proactor.sockets),
             ops_pending=self.ops_pending,
             bytes_pending=proactor.bytes_pending,
@@ -292,9 +297,9 @@ class Engine:
     def trace(self, size: int) -> None:
         self.tracing.switch(size)
         with self._lock:
-            retraces = list(self._retraces.values())
-        for retrace in retraces:
-            retrace()
+            users = list(self._users.values())
+        for hooks in users:
+            hooks.retrace()
 
     def trace_records(self) -> list[TraceRecord]:
         """Return the trace of all servers, clients and datagram sockets on this engine, the oldest first.
@@ -308,6 +313,11 @@ class Engine:
         return write_trace(path, self.trace_records())
 
 
+#: The tables of engines that stopped while the kernel still had operations, whose memory it may yet write to:
+#: an engine that is dropped is one cycle with its table and all that is in there, and would take that along.
+#: Nothing leaves this list. Only an engine whose cancelled operations do not come back gets into it.
+_abandoned: Final[list[Proactor]] = []
+
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 _engines_lock = threading.Lock()
 _shared: Engine | None = None
@@ -315,26 +325,21 @@ _shared_lock = threading.Lock()
 
 
 def enter_engine(
-    user: Any,
-    at_exit: Callable[[], None],
-    given: Engine | None,
-    io_threads: int,
-    retrace: Callable[[], None] | None = None,
-    moved: Callable[[], Traffic] | None = None,
+    user: Any, at_exit: Callable[[], None], given: Engine | None, io_threads: int, **hooks: Any
 ) -> Engine:
-    """Enter the engine a user is to have.
+    """Enter the engine a user is to have; `at_exit` and `hooks` as in `User`.
 
     The given one, one of its own for its `io_threads`, or the shared one.
     """
     global _shared
     if given is not None or io_threads:
         engine = given if given is not None else Engine(io_threads)
-        engine.enter(user, at_exit, retrace, moved)
+        engine.enter(user, at_exit, **hooks)
         return engine
     with _shared_lock:  # one new engine, whoever finds the old one left by its last user
-        if _shared is None or not _shared._try_enter(user, at_exit, retrace, moved):
+        if _shared is None or not _shared._try_enter(user, User(at_exit, **hooks)):
             _shared = Engine()
-            _shared.enter(user, at_exit, retrace, moved)
+            _shared.enter(user, at_exit, **hooks)
         return _shared
 
 

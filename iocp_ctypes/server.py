@@ -129,6 +129,7 @@ class Server(Watched, Tunables, Handover):
         self._stopping = False
         self._stopped = threading.Event()
         self._shutdown_wanted = threading.Event()
+        self._serving = False  # true exactly while `serve_forever` runs, which raises what is in `_fatal`
         self._fatal: BaseException | None = None
 
     def _make_processes(self, engine: Engine | None, places: list[Any]) -> Processes | None:
@@ -156,7 +157,13 @@ class Server(Watched, Tunables, Handover):
                 raise RuntimeError("this server was started before: make another")
             settings = self._settings
             engine = self._engine = enter_engine(
-                self, self._at_exit, self._given_engine, settings.io_threads, self._retrace, self._moved
+                self,
+                self._at_exit,
+                self._given_engine,
+                settings.io_threads,
+                retrace=self._retrace,
+                failed=self._io_failed,
+                moved=self._moved,
             )
             workers = self._workers = WorkThreads(settings.work_threads) if settings.work_threads else None
             self._home = Home(
@@ -205,19 +212,26 @@ class Server(Watched, Tunables, Handover):
                 thread waits.
 
         Ctrl-C returns as `shutdown` does. SystemExit or KeyboardInterrupt raised by a callback is raised
-        again here. Blocks; from the main thread, if Ctrl-C shall work.
+        again here; where this does not run it is logged, and the server stops. Blocks; from the main thread,
+        if Ctrl-C shall work.
         """
-        if self._engine is None:
-            self.start()
-        timeout = 5.0
+        with self._lock:
+            self._serving = True
         try:
-            while not self._shutdown_wanted.wait(poll_interval):
-                pass
-        except KeyboardInterrupt:
-            timeout = INTERRUPT_TIMEOUT
-        self.stop(timeout)
-        if self._fatal is not None:
-            raise self._fatal
+            if self._engine is None:
+                self.start()
+            timeout = 5.0
+            try:
+                while not self._shutdown_wanted.wait(poll_interval):
+                    pass
+            except KeyboardInterrupt:
+                timeout = INTERRUPT_TIMEOUT
+            self.stop(timeout)
+        finally:
+            with self._lock:
+                self._serving, fatal = False, self._fatal
+        if fatal is not None:
+            raise fatal
 
     def shutdown(self) -> None:
         """Make `serve_forever` stop the server and return. Any thread; does not block."""
@@ -363,7 +377,7 @@ class Server(Watched, Tunables, Handover):
         peer = parse_sockaddr(sock.peer_raw)
         if peer is None or self._stopping:
             sock.close()
-            self._release("accept_failed")
+            self._release("refused" if self._stopping else "accept_failed")
             return
         if not self._welcome(peer, settings):
             sock.reset_on_close()
@@ -383,10 +397,10 @@ class Server(Watched, Tunables, Handover):
             self._leave_host(peer)
             self._release("accept_failed")
             return
-        connection = self._make(peer, sock)
+        connection = self._make(peer, sock, settings)
         if connection is None:
             return
-        self._begin_with(connection, first, self._enrol(connection, sock, peer, settings))
+        self._begin_with(connection, first, self._enrol(connection))
 
     def _welcome(self, peer: Address, settings: Settings) -> bool:
         host = peer[0]
@@ -437,24 +451,41 @@ class Server(Watched, Tunables, Handover):
         self._refill_soon()
 
     def _callback_failed(self, connection: Connection, exc: BaseException) -> None:
+        whose = f"connection {connection.id} from {format_address(connection.peer_address)}"
         if not isinstance(exc, Exception):
-            self._hook_failed(exc, "")
+            self._hook_failed(exc, f"{whose}: a callback raised")
             return
         try:
             self.handle_error(connection, exc)
         except BaseException as another:
-            self._hook_failed(another, "handle_error raised")
+            self._hook_failed(another, f"{whose}: handle_error raised")
 
     def _hook_failed(self, exc: BaseException, what: str) -> None:
-        """Log what user code raised.
-
-        SystemExit and KeyboardInterrupt end the program, where serve_forever is.
-        """
+        """Log what user code raised. SystemExit and KeyboardInterrupt end more."""
         if isinstance(exc, Exception):
             log.error(what, exc_info=exc)
-            return
-        self._fatal = exc
+        else:
+            self._end_serving(exc, what)
+
+    def _end_serving(self, exc: BaseException, what: str) -> None:
+        """Have serve_forever raise this; where it does not run, log it and stop. Any thread; never blocks."""
+        with self._lock:
+            if self._fatal is None:  # the first wins
+                self._fatal = exc
+            raised = self._serving or self._role is not None  # a worker process tells its parent
+            stopping = self._stopping
         self._shutdown_wanted.set()
+        if raised:
+            return
+        if not stopping:
+            with contextlib.suppress(RuntimeError):  # the system is short of threads: it is logged, at least
+                threading.Thread(target=self.stop, name="iocp_ctypes stop").start()
+        log.error("%s; the server stops, for no serve_forever is there to raise it", what, exc_info=exc)
+
+    def _io_failed(self, exc: BaseException) -> None:
+        if self._role is not None:  # what its parent can be told
+            exc = SystemExit(f"the I/O threads of a worker process failed: {exc}")
+        self._end_serving(exc, "the I/O threads failed")
 
     def _look_for_silent(self) -> None:
         """Reap sockets that are connected and silent inside AcceptEx, every so often.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 import logging
@@ -50,6 +51,10 @@ RESET, CANCELLED = 0xC000020D, 0xC0000120
 # -- with fakes ---------------------------------------------------------------------------------------------
 
 
+class Fault(Exception):
+    """What nobody expects."""
+
+
 class FakeSocket:
     """A socket that is being accepted."""
 
@@ -72,11 +77,13 @@ class FakeListening:
         self.attempts = 0
         self.failing = 0  # the code with which posting fails
         self.gone = False  # finish() raises
+        self.at_accept: Callable[[], object] = lambda: None
         self.at_finish: Callable[[], object] = lambda: None
         self.closed = False
 
     def accept(self, handler: Any, data_size: int, home: Any) -> tuple[Any, int]:
         self.attempts += 1
+        self.at_accept()
         if self.failing:
             return None, self.failing
         operation = AcceptOperation(FakeSocket(), data_size, home)  # type: ignore[arg-type]
@@ -166,6 +173,12 @@ class Bench:
             self.back_off()
             levels.append(self.pool.usage)
         return levels[:-1] if levels[-2:-1] == levels[-1:] else levels  # the last looks that all is well
+
+    def take_turns(self) -> None:
+        """Make the calls that wait, and those that they ask for; what one raises is the dispatcher's."""
+        while self.calls:
+            with contextlib.suppress(Fault):
+                self.calls.pop(0)()
 
     @property
     def listening(self) -> FakeListening:
@@ -340,6 +353,118 @@ def test_a_peer_gone_before_the_context_update_is_discarded() -> None:
     assert (bench.pool.failed, bench.open, bench.accepted) == (1, 0, [])
 
 
+def raises(exc: BaseException) -> Any:
+    raise exc
+
+
+@pytest.mark.parametrize("kind", [MemoryError, Fault])
+@pytest.mark.parametrize("patient", [False, True], ids=["at once", "in a turn"])
+def test_what_cannot_be_finished_is_discarded_whatever_it_raised(
+    kind: type[Exception], patient: bool, expects_errors: list[logging.LogRecord]
+) -> None:
+    bench = Bench(cap=30)
+    bench.patient = patient
+    bench.listening.at_finish = lambda: raises(kind())
+    socks = [bench.listening.complete() for _ in range(20)]
+    bench.take_turns()
+    assert [sock.closed for sock in socks] == [1] * 20
+    assert bench.pool.usage == Usage(30, 30)
+    assert (bench.pool.failed, bench.open, bench.accepted) == (20, 0, [])
+    assert len(expects_errors) == 20
+    assert all(record.exc_info and record.exc_info[0] is kind for record in expects_errors)
+    bench.listening.at_finish = lambda: None
+    for _ in range(20):
+        bench.listening.complete()
+    bench.take_turns()
+    assert len(bench.accepted) == 20
+    assert bench.pool.usage == Usage(30, 30)
+
+
+@pytest.mark.parametrize("kind", [MemoryError, Fault])
+def test_what_posting_raises_costs_no_connection_and_is_tried_again(
+    kind: type[Exception], caplog: pytest.LogCaptureFixture
+) -> None:
+    bench = Bench(cap=2)
+    bench.listening.at_accept = lambda: raises(kind())
+    bench.listening.complete()
+    bench.listening.complete()
+    assert len(bench.accepted) == 2
+    assert bench.pool.usage.in_use == 0
+    bench.take_turns()
+    (record,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert record.exc_info
+    assert record.exc_info[0] is kind
+    bench.listening.at_accept = lambda: None
+    bench.back_off()
+    bench.recover()
+    assert bench.pool.usage == Usage(2, 2)
+
+
+class Rude(logging.Handler):
+    """A user's handler that raises."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        raise Fault(record.getMessage())
+
+
+@pytest.fixture
+def rude_log(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """All that is logged raises."""
+    log, rude = logging.getLogger("iocp_ctypes"), Rude()
+    level = log.level
+    log.setLevel(logging.DEBUG)
+    log.addHandler(rude)
+    yield
+    log.removeHandler(rude)
+    log.setLevel(level)
+
+
+def test_a_log_handler_that_raises_does_not_end_accepting(rude_log: None) -> None:
+    bench = Bench(cap=30)
+    bench.patient = True
+    bench.listening.gone = True
+    socks = []
+    for _ in range(30):
+        first = bench.listening.posted[0]
+        socks.append(first.socket)
+        with contextlib.suppress(Fault):
+            bench.listening.complete()
+    bench.take_turns()
+    while bench.due:
+        bench.back_off()
+    assert [sock.closed for sock in socks] == [1] * 30  # type: ignore[attr-defined]
+    assert bench.pool.usage == Usage(30, 30)
+    bench.listening.gone = False
+    for _ in range(30):
+        bench.listening.complete()
+    bench.take_turns()
+    assert len(bench.accepted) == 30
+    assert bench.pool.usage == Usage(30, 30)
+
+
+def test_a_log_handler_that_raises_costs_no_connection_where_posting_fails(rude_log: None) -> None:
+    bench = Bench(cap=2)
+    bench.listening.failing = 10022
+    bench.listening.complete()
+    assert len(bench.accepted) == 1
+    bench.take_turns()
+    bench.listening.failing = 0
+    bench.back_off()
+    assert bench.pool.usage == Usage(2, 2)
+
+
+def test_a_pool_that_something_raised_in_is_filled_up_later() -> None:
+    """Whatever it was, and even when nothing else comes."""
+    bench = Bench(cap=1)
+    bench.listening.give = lambda _operation: raises(MemoryError())  # type: ignore[method-assign]
+    with pytest.raises(MemoryError):
+        bench.listening.complete()
+    assert bench.pool.usage.in_use == 0
+    bench.back_off()
+    assert bench.pool.usage == Usage(1, 1)
+    assert bench.due == []
+
+
 UNKNOWN = 0xC0000001
 
 
@@ -395,6 +520,7 @@ def test_no_resources_backs_off_longer_each_time_and_the_pool_recovers(
     assert bench.pool.usage == Usage(1, 1)
     assert bench.recover() == [Usage(2, 2), Usage(4, 4), Usage(8, 8)]
     assert bench.pool.unreplaced == 13
+    bench.take_turns()
     assert "10055" in caplog.text
 
 
@@ -535,6 +661,33 @@ def test_resuming_before_the_cancelled_packets_came() -> None:
         bench.listening.complete(CANCELLED)
     assert bench.pool.usage == Usage(3, 3)
     assert bench.pool.failed == 0
+
+
+def test_what_is_cancelled_unasked_is_a_failure_and_backs_off() -> None:
+    """Nobody paused: whatever cancels, it may do so for ever."""
+    cap = 4
+    bench = Bench(cap)
+    for _ in range(FAILURES_IN_ROW * cap):
+        bench.listening.complete(CANCELLED)
+    assert (bench.pool.failed, bench.due) == (FAILURES_IN_ROW * cap, [])
+    assert bench.pool.usage.in_use == cap
+    bench.listening.complete(CANCELLED)
+    assert bench.pool.usage.in_use == cap - 1
+    assert bench.back_off() == RETRY_FIRST
+    assert bench.pool.usage.in_use == cap
+
+
+def test_only_what_was_posted_when_accepting_paused_was_cancelled_by_that() -> None:
+    bench = Bench(cap=3)
+    asked = list(bench.listening.posted)
+    bench.pool.pause()
+    for operation in asked[:2]:
+        bench.listening.complete(CANCELLED, operation=operation)
+    bench.pool.resume()
+    for operation in list(bench.listening.posted):
+        bench.listening.complete(CANCELLED, operation=operation)
+    assert bench.pool.failed == 2, "those that were posted after it"
+    assert bench.pool.usage == Usage(3, 3)
 
 
 def test_closing_posts_no_more_and_closes_the_sockets_of_what_was_posted() -> None:

@@ -60,12 +60,13 @@ class Bench:
         looks: Looks | None = None,
         kind: type[Dispatcher] = Dispatcher,
     ) -> None:
+        self.failures: list[BaseException] = []
         self.port: Any = RealPort() if port is None else port
         self.proactor = Proactor()
         self.watchdog = Watchdog()
         self.watchdog.start()
         later: Any = self.watchdog.later if looks is None else looks
-        self.dispatcher = kind(self.port, self.proactor, running, later)
+        self.dispatcher = kind(self.port, self.proactor, running, later, self.failures.append)
         self.dispatcher.start()
         self.gates: list[Gate] = []
 
@@ -239,7 +240,7 @@ def test_what_completed_at_once_is_served_in_its_turn(quiet: Bench) -> None:
     quiet.dispatcher.completed(first.address, 7)
     put(quiet.port, (second.address, 8))
     gate.go_on.set()
-    quiet.call(lambda: None)
+    wait_until(lambda: len(ran) == 3)  # a call could be ready before the packet is taken off the port
     assert ran == ["call", ("completed", 7), ("packet", 8)]
 
 
@@ -638,6 +639,58 @@ def test_a_handler_that_raises_is_logged_and_the_thread_lives(
         assert record.exc_info
         assert record.exc_info[0] is ZeroDivisionError
     assert not bench.proactor.pending
+
+
+class Rude(logging.Handler):
+    """A user's handler that raises."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        raise ZeroDivisionError
+
+
+def test_a_log_handler_that_raises_ends_no_thread(bench: Bench, expects_errors: Any) -> None:
+    def bad() -> None:
+        raise LookupError
+
+    log, rude = logging.getLogger("iocp_ctypes"), Rude()
+    log.addHandler(rude)
+    try:
+        bench.dispatcher.call_soon(bad)
+        wait_until(lambda: expects_errors)
+        bench.call(lambda: None)
+    finally:
+        log.removeHandler(rude)
+    assert bench.dispatcher.threads == bench.dispatcher._running_max
+    assert bench.failures == []
+
+
+class Breaking(FakePort):
+    """Fails from some moment on."""
+
+    broken: BaseException | None = None
+
+    def reap(self, *arguments: Any) -> int:
+        count = super().reap(*arguments)
+        if self.broken is not None:
+            raise self.broken
+        return count
+
+
+@pytest.mark.parametrize("kind", [OSError, MemoryError])
+def test_a_thread_that_cannot_take_packets_says_so(
+    kind: type[Exception], make: Callable[..., Bench], expects_errors: list[logging.LogRecord]
+) -> None:
+    port = Breaking()
+    bench = make(1, port, Looks())
+    port.broken = kind("broken")
+    port.post()
+    wait_until(lambda: bench.dispatcher.threads == 0)
+    wait_until(lambda: bench.failures == [port.broken])
+    wait_until(lambda: expects_errors)
+    (record,) = expects_errors
+    assert record.levelno == logging.CRITICAL
+    assert record.exc_info
+    assert record.exc_info[1] is port.broken
 
 
 # -- the end ------------------------------------------------------------------------------------------------

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import threading
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from support import LOOPBACK, Echo, Recorder, raw, reachable, serving, wait_until
+from support import LOOPBACK, PATIENCE, Echo, Recorder, raw, reachable, serving, wait_until
 from traffic import beside
 
 from iocp_ctypes import Engine, Server, connect
@@ -175,16 +178,32 @@ def test_the_port_outlives_operations_that_do_not_come_back(monkeypatch: pytest.
     closed: list[CompletionPort] = []
     close = CompletionPort.close
     monkeypatch.setattr(CompletionPort, "close", lambda port: closed.append(port) or close(port))
+
+    class Lost(Operation):
+        """One that can be referred to weakly."""
+
+    kept: list[Any] = []
+    monkeypatch.setattr(engine_module, "_abandoned", kept)
     engine = Engine(1)
+    engine.proactor.pending = {}  # the guards keep the first one
     engine.enter(engine, nothing)
-    lost = Operation(16)
+    port = engine.port
+    lost = Lost(16)
+    lost.handler = engine.leave  # as with every operation: something that knows the engine, and so the table
     engine.proactor.pending[lost.address] = lost
+    still = weakref.ref(lost)
     assert engine.leave(engine, timeout=0.2) is True
     assert threads() == []
     assert closed == []
     assert engine.ops_pending == 1
-    del engine.proactor.pending[lost.address]
-    close(engine.port)
+    del engine, lost
+    gc.collect()
+    assert still() is not None, "the kernel may still write to it"
+    assert [len(proactor.pending) for proactor in kept] == [1]
+    kept.clear()
+    gc.collect()
+    assert still() is None, "so the above can fail"
+    close(port)
 
 
 def test_operations_on_their_way_are_waited_for() -> None:
@@ -238,6 +257,96 @@ def test_when_the_interpreter_ends_servers_stop() -> None:
         assert threads() == []
         assert server.connections == []
         assert server.backlog.in_use == 0
+
+
+class Breaking(CompletionPort):
+    """Fails from some moment on."""
+
+    __slots__ = ("broken",)
+
+    def reap(self, *arguments: Any) -> int:
+        count = super().reap(*arguments)
+        if broken := getattr(self, "broken", None):
+            raise broken
+        return count
+
+
+@pytest.fixture
+def breaking(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], OSError]]:
+    """Give all engines ports that a call of this breaks; what stays pending is cleaned up."""
+    monkeypatch.setattr(engine_module, "CompletionPort", Breaking)
+    monkeypatch.setattr(engine_module, "_abandoned", [])
+    engines: list[Any] = []
+
+    def break_port(engine: Any) -> OSError:
+        engines.append(engine)
+        engine.port.broken = broken = OSError("the port is broken")
+        engine.port.post()
+        return broken
+
+    yield break_port
+    for engine in engines:
+        for operation in engine.proactor.pending.values():
+            operation.socket.close()
+        engine.proactor.pending.clear()
+        engine.port.close()
+
+
+def test_serve_forever_raises_what_the_io_threads_failed_with(
+    breaking: Callable[[Any], OSError], expects_errors: Any
+) -> None:
+    server = Server(LOOPBACK, Echo, io_threads=1, backlog=2)
+    raised: list[BaseException] = []
+
+    def serve() -> None:
+        try:
+            server.serve_forever()
+        except BaseException as exc:
+            raised.append(exc)
+
+    thread = threading.Thread(target=serve)
+    server.start()
+    thread.start()
+    wait_until(lambda: server._serving)
+    broken = breaking(server.engine)
+    thread.join(PATIENCE)
+    assert raised == [broken]
+    assert [record.levelname for record in expects_errors] == ["CRITICAL"]
+
+
+def test_servers_stop_when_the_io_threads_have_failed(
+    breaking: Callable[[Any], OSError], expects_errors: Any
+) -> None:
+    engine = Engine(2)
+    servers = [Server(LOOPBACK, Echo, engine=engine, backlog=2) for _ in range(2)]
+    for server in servers:
+        server.start()
+    broken = breaking(engine)
+    for server in servers:
+        assert server._stopped.wait(PATIENCE)
+        assert server._fatal is broken
+    assert not engine.running
+    told = [record.getMessage() for record in expects_errors if record.levelname == "ERROR"]
+    assert len(told) == 2
+    assert all("serve_forever" in text for text in told)
+
+
+def test_nobody_is_given_a_shared_engine_that_has_failed(
+    breaking: Callable[[Any], OSError], expects_errors: Any
+) -> None:
+    first, second, third = object(), object(), object()
+    told: list[BaseException] = []
+    engine = enter_engine(first, nothing, None, 0, failed=told.append)
+    enter_engine(second, nothing, None, 0)
+    broken = breaking(engine)
+    wait_until(lambda: told == [broken])
+    another = enter_engine(third, nothing, None, 0)
+    assert another is not engine
+    with pytest.raises(RuntimeError, match="make another"):
+        engine.enter(third, nothing)
+    assert another.leave(third) is True
+    assert engine.leave(first) is True
+    assert engine.leave(second) is True
 
 
 # -- its figures --------------------------------------------------------------------------------------------

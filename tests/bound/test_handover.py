@@ -213,6 +213,23 @@ def test_a_handler_that_makes_none(expects_errors: Any) -> None:
     assert expects_errors
 
 
+def test_a_handler_whose_connection_cannot_be_attached(expects_errors: Any) -> None:
+    class Shadowing(Recorder):
+        @property
+        def id(self) -> int:  # type: ignore[override]
+            return 5
+
+    with serving(Shadowing) as server:
+        left, right = pair()
+        with pytest.raises(RuntimeError, match="the handler made no connection"):
+            server.adopt(left)
+        stats = server.stats()
+        assert (stats.connections, stats.handler_failed) == (0, 1)
+        assert ended(right) in ("reset", "eof")
+        right.close()
+    assert [record.levelname for record in expects_errors] == ["ERROR"]
+
+
 def test_a_peer_that_is_gone_is_a_connection_that_ends() -> None:
     with serving(Recorder) as server:
         left, right = pair()

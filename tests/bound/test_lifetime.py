@@ -672,6 +672,10 @@ def test_what_ends_a_program_ends_serve_forever_and_no_thread_before(
                 raise ZeroDivisionError("on the way to handle_error")
 
     class Hooked(Server):
+        def start(self) -> None:
+            self._serving = True  # as if serve_forever, which is called below, were about to look
+            super().start()
+
         def verify_request(self, peer_address: Any) -> bool:
             if Leaving.place == "verify_request":
                 raise error("on purpose")

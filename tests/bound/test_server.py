@@ -593,6 +593,34 @@ def test_a_factory_that_fails_costs_that_client_only(
     assert "could not make a connection" in record.getMessage()
 
 
+class Shadowing(Recorder):
+    """Has a name of its own where the library keeps the number of a connection."""
+
+    @property
+    def id(self) -> int:  # type: ignore[override]
+        return 5
+
+
+def test_a_connection_that_cannot_be_attached_costs_that_client_only(
+    expects_errors: list[logging.LogRecord],
+) -> None:
+    makers: list[Any] = [Shadowing, Echo]
+    with serving(lambda server, peer: makers.pop(0)(server, peer), max_per_host=1) as server:
+        with raw(server.address) as refused:
+            assert ended(refused) == "reset"
+        wait_until(lambda: server.stats().handler_failed == 1)
+        reachable(server.address)
+        wait_until(lambda: not server.stats().connections)
+        stats = server.stats()
+        assert (stats.accepted, stats.handler_failed) == (1, 1)
+        assert not server._hosts
+    (record,) = expects_errors
+    assert record.levelno == logging.ERROR
+    assert "could not make a connection for 127.0.0.1:" in record.getMessage()
+    assert record.exc_info
+    assert isinstance(record.exc_info[1], AttributeError)
+
+
 def test_a_factory_gets_server_and_peer_and_may_return_any_connection() -> None:
     calls: list[tuple[Any, Any]] = []
 
@@ -766,6 +794,47 @@ def test_a_callback_may_end_the_program(fatal: type[BaseException]) -> None:
     assert [type(exc) for exc in outcome] == [fatal]
     assert outcome[0].args == (3,)
     assert Ending.made[0].close_reason == "error"
+
+
+@pytest.mark.parametrize("fatal", [SystemExit, KeyboardInterrupt])
+@pytest.mark.parametrize("where", ["on_data", "handle_error", "verify_request", "handler"])
+def test_a_callback_that_ends_the_program_stops_a_server_that_nobody_waits_for(
+    fatal: type[BaseException], where: str, expects_errors: list[logging.LogRecord]
+) -> None:
+    """Nobody is there to raise it: the log says so, once, and the server does not run on."""
+
+    class Ending(Echo):
+        def __init__(self, server: Any = None, peer_address: Any = None) -> None:
+            super().__init__(server, peer_address)
+            if where == "handler":
+                raise fatal(3)
+
+        def got(self, data: bytes) -> None:
+            raise fatal(3) if where == "on_data" else Fault
+
+    class EndingServer(Server):
+        def verify_request(self, peer_address: Any) -> bool:
+            if where == "verify_request":
+                raise fatal(3)
+            return True
+
+        def handle_error(self, connection: Connection, exc: BaseException) -> None:
+            raise fatal(3)
+
+    with serving(Ending, server=EndingServer) as server:
+        with raw(server.address) as client, contextlib.suppress(OSError):
+            peer = f"127.0.0.1:{client.getsockname()[1]}"
+            client.sendall(b"x")
+            read_all(client)
+        wait_until(server._stopped.is_set, what="the server has stopped by itself")
+        assert server.stop() is True
+        (record,) = expects_errors
+        assert where == "handle_error" or peer in record.getMessage()
+        assert "serve_forever" in record.getMessage()
+        assert record.exc_info
+        assert isinstance(record.exc_info[1], fatal)
+        with pytest.raises(fatal, match="3"):
+            server.serve_forever()
 
 
 # -- all connections at once --------------------------------------------------------------------------------
@@ -1139,9 +1208,29 @@ def test_clients_that_come_during_the_stop_are_told(io_threads: int) -> None:
             stats = server.stats()
             assert stats.connections == 0
             assert stats.accepted == len(Echo.made) == sum(stats.closed.values())
+            assert stats.accept_failed == 0, "who came during the stop was refused"
         for connection in Echo.made:
             connection.check()
         Echo.made.clear()
+
+
+def test_who_is_accepted_while_the_server_stops_is_refused_and_counted_so() -> None:
+    seen: list[str] = []
+
+    class Late(Server):
+        def server_close(self) -> None:
+            if self._stopping and not seen:
+                with raw(self.address) as client:
+                    seen.append(ended(client))
+                    wait_until(lambda: self.stats().refused == 1, what="the refusal")
+            super().server_close()
+
+    with serving(Echo, server=Late) as server:
+        reachable(server.address)
+        assert server.stop(5) is True
+        assert seen
+        stats = server.stats()
+        assert (stats.refused, stats.accept_failed, stats.accepted) == (1, 0, 1)
 
 
 def test_methods_after_the_end_of_a_connection() -> None:

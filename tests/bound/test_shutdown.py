@@ -240,7 +240,7 @@ def test_the_exit_code_is_the_scripts(where: str) -> None:
         sock = socket.create_connection(server.address)
         if {where!r} == "main":
             sys.exit(7)
-        sock.sendall(b"x")
+        threading.Timer(0.5, sock.sendall, [b"x"]).start()
         server.serve_forever()
         print("not reached")
         """)
