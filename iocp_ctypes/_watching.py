@@ -56,6 +56,8 @@ class Watched:
 
     def _moved(self) -> Traffic:
         """What its connections have moved until now, in this process."""
+        if self._acceptor is None:  # there were none; and `start`, which gives up, holds the lock
+            return Traffic()
         with self._lock:
             living = list(self._connections.values())
             traffic = Traffic(self._past)

@@ -280,6 +280,22 @@ def test_files_in_memory_count_as_bytes_do(large: Path) -> None:
         client.close()
 
 
+def test_one_file_in_memory_may_be_larger_than_what_may_wait() -> None:
+    content = random.Random(5).randbytes(5 * MIB)
+    with serving(Recorder, write_buffer_max=1 * MIB) as server, raw(server.address) as client:
+        (connection,) = made(Recorder)
+        connection.until("connect")
+        assert connection.send_file(io.BytesIO(content)) is False
+        assert connection.write_buffer_size > 1 * MIB
+        assert sha(read_exactly(client, len(content))) == sha(content)
+        connection.until("drain")
+        connection.send_file(io.BytesIO(content))
+        assert connection.send(b"more") is False
+        connection.until("close")
+        assert connection.close_reason == "overflow"
+        client.close()
+
+
 def test_what_is_in_memory_is_counted_until_it_is_sent(way: str, large: Path) -> None:
     content = random.Random(4).randbytes(2 * MIB)
     with serving(Recorder) as server, raw(server.address) as client:

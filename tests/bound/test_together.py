@@ -243,9 +243,9 @@ def test_a_transmitted_file_is_in_the_trace(tmp_path: Path, transmits: list[Any]
         connection.send_file(file, header=b"head")
         assert len(read_exactly(client, 1004)) == 1004
         wait_until(lambda: connection.bytes_sent == 1004)
-        records = [
-            (record.step, record.bytes) for record in server.trace_records() if record.operation == "transmit"
-        ]
+    # Now every step is over, and has its record.
+    steps = [step for step in server.trace_records() if step.operation == "transmit"]
+    records = [(step.step, step.bytes) for step in steps]
     if not transmits:
         assert records == []
     elif len(records) == 1:  # it was done at once
