@@ -266,6 +266,7 @@ def test_http_without_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
     assert caught.value.code == 1
     assert capsys.readouterr().err == "python -m iocp_ctypes: error: no such folder: no-such-folder\n"
 
+
 def test_websocket_in_a_process_of_its_own() -> None:
     with running("-m", "iocp_ctypes", "websocket", "--port", "0", "--io-threads", "2") as program:
         host, port = program.listening()

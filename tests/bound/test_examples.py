@@ -328,6 +328,7 @@ def test_flask() -> None:
         assert client.head().headers["transfer-encoding"] == "chunked"
         assert client.until(b"line 0\n\r\n").endswith(b"line 0\n\r\n")  # before there is another
 
+
 def get(address: tuple[str, int], target: str, method: str = "GET") -> tuple[str, bytes]:
     """Ask the file server: the status line and the body."""
     with raw(address) as client:

@@ -117,9 +117,7 @@ def test_bad_requests_are_refused(head: bytes, status: int) -> None:
     kind = noted()
     with websockets(kind) as server, Peer(server.address, opened=False) as peer:
         peer.ask(head)
-        assert peer.status in ((status,) if LIBRARY >= 17 else (status, 400)), (
-            "older ones know fewer"
-        )
+        assert peer.status in ((status,) if LIBRARY >= 17 else (status, 400)), "older ones know fewer"
         assert peer.header("Connection") == "close"
         length = int(peer.header("Content-Length") or "0")
         assert len(read_exactly(peer.sock, length)) == length
