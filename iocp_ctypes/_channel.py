@@ -141,7 +141,7 @@ class Channel(Lifetime):
         except BaseException as exc:
             self._callback_raised(exc)
         lock = self._lock
-        lock.acquire()  # half as dear as `with`, here and in `send`
+        lock.acquire()  # cheaper than `with`, here and in `send`
         try:
             if self._state == life.OPEN and not self._paused and operation.size == self._next_size:
                 self._reading = POSTED  # before the call: the packet may be retired before it returns

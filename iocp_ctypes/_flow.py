@@ -2,8 +2,8 @@
 
 Laws
 1. `size` is the number of bytes handed over and not yet accepted by the kernel: queued, in flight and held
-   behind a file. It is the figure the marks and `write_buffer_max` are held against. A file's own bytes are
-   on disk and not in it.
+   behind a file. It is the figure the marks and `write_buffer_max` are held against. The bytes of a file on
+   disk are not in it; those of one in memory are.
 2. Bytes leave in the order in which they came. What a partial completion left over goes back to the head.
 3. An object is never copied: a piece is (bytes, start, stop). Who owns the bytes keeps them alive.
 4. `above` is true exactly from the moment `size` passes the high mark, or a file is handed over, until it is
@@ -62,7 +62,7 @@ class WriteFlow:
         #: Most bytes that may go to the kernel without being queued here, where nothing is before them.
         self.at_once_max = SEND_SLICE_MAX if write_buffer_max > SEND_SLICE_MAX else write_buffer_max
         self.files = 0  # how many files are not sent yet
-        self.held = 0  # bytes that wait for a file before them, headers and trailers of files included
+        self.held = 0  # bytes that wait for a file before them, and those of files that are in memory
         self.above = False
         self.drain_due = False  # on_drain is on its way: who is relieved again meanwhile is told by it
         self.lost = False

@@ -84,11 +84,9 @@ class _Client:
         traffic.add(connection)
         return traffic
 
-    def gone(self, connection: Connection) -> None:
+    def gone(self, _connection: Connection) -> None:
         """on_close has returned."""
-        past = Traffic()
-        past.add(connection)
-        self.past = past
+        self.past = self.moved()
         self.connection = None
         self.engine.leave_soon(self)
 
@@ -112,8 +110,9 @@ def connect(
     r"""Connect to an address; returns at once.
 
     Args:
-        address: (host, port). All addresses of a name are tried, with a staggered start (RFC 8305). Or the
-            name of a pipe, such as r"\\.\pipe\NAME"; where all its instances are taken, one is waited for.
+        address: (host, port). All addresses of a name are tried, with a staggered start (RFC 8305);
+            from a fixed local port one after the other, each with its share of `timeout`. Or the name of a
+            pipe, such as r"\\.\pipe\NAME"; where all its instances are taken, one is waited for.
         handler: a Connection subclass, or a factory called with (None, address) that returns a Connection.
         timeout: seconds until it is connected, the look-up included; None: as long as the system tries. A
             TLS handshake has its own, `tls_handshake_timeout`.

@@ -242,6 +242,21 @@ def serving(
     assert running.connections == []
 
 
+def serve_beside(server: Server) -> tuple[threading.Thread, list[BaseException]]:
+    """Run serve_forever on a thread; returns that, and a list that gets what serve_forever raises."""
+    raised: list[BaseException] = []
+
+    def serve() -> None:
+        try:
+            server.serve_forever()
+        except BaseException as exc:
+            raised.append(exc)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    return thread, raised
+
+
 def made(handler: type[Recorder], count: int = 1) -> list[Any]:
     """Wait until `count` connections of a class were made, and return all of them."""
     wait_until(lambda: len(handler.made) >= count, what=f"{count} connections of {handler.__name__}")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from support import LOOPBACK, PATIENCE, Echo, Recorder, raw, reachable, serving, wait_until
+from support import LOOPBACK, PATIENCE, Echo, Recorder, raw, reachable, serve_beside, serving, wait_until
 from traffic import beside
 
 from iocp_ctypes import Engine, Server, connect
@@ -296,17 +296,8 @@ def test_serve_forever_raises_what_the_io_threads_failed_with(
     breaking: Callable[[Any], OSError], expects_errors: Any
 ) -> None:
     server = Server(LOOPBACK, Echo, io_threads=1, backlog=2)
-    raised: list[BaseException] = []
-
-    def serve() -> None:
-        try:
-            server.serve_forever()
-        except BaseException as exc:
-            raised.append(exc)
-
-    thread = threading.Thread(target=serve)
     server.start()
-    thread.start()
+    thread, raised = serve_beside(server)
     wait_until(lambda: server._serving)
     broken = breaking(server.engine)
     thread.join(PATIENCE)

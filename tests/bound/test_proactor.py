@@ -179,7 +179,8 @@ def test_the_pending_table_is_what_keeps_an_operation(proactor: Proactor) -> Non
 
 
 @pytest.mark.skipif(
-    not getattr(sys, "_is_gil_enabled", lambda: True)(), reason="counts are split without a GIL"
+    not getattr(sys, "_is_gil_enabled", lambda: True)(),
+    reason="getrefcount tells only a part of the count without a GIL",
 )
 def test_what_is_sent_is_kept_until_it_is_sent_and_no_longer() -> None:
     proactor = Proactor()

@@ -19,7 +19,7 @@ import pytest
 from forworkers import Keeping, Picky, Quiet, Refusing, Telling, shouting
 from namedpipes import new_name
 from program import ROOT
-from support import LOOPBACK, Recorder, ended, handle_count, raw, read_exactly, wait_until
+from support import LOOPBACK, Recorder, ended, handle_count, raw, read_exactly, serve_beside, wait_until
 
 from iocp_ctypes import Connection, Engine, Server, _processes
 from iocp_ctypes._processes import choose
@@ -227,16 +227,7 @@ def test_a_callback_may_end_the_server() -> None:
             serving.join(SLOW)
             assert not serving.is_alive()
     server = Server(LOOPBACK, Telling, processes=2)
-    raised: list[BaseException] = []
-
-    def serve() -> None:
-        try:
-            server.serve_forever()
-        except BaseException as exc:
-            raised.append(exc)
-
-    serving = threading.Thread(target=serve)
-    serving.start()
+    serving, raised = serve_beside(server)
     wait_until(lambda: server._acceptor and server.backlog.in_use, SLOW)
     with raw(server.address) as client:
         client.sendall(b"exit")

@@ -24,6 +24,7 @@ from support import (
     reachable,
     read_all,
     read_exactly,
+    serve_beside,
     serving,
     wait_until,
 )
@@ -777,16 +778,7 @@ def test_a_callback_may_end_the_program(fatal: type[BaseException]) -> None:
             raise fatal(3)
 
     server = Server(LOOPBACK, Ending, io_threads=1)
-    outcome: list[BaseException] = []
-
-    def serve() -> None:
-        try:
-            server.serve_forever()
-        except BaseException as exc:
-            outcome.append(exc)
-
-    thread = threading.Thread(target=serve)
-    thread.start()
+    thread, outcome = serve_beside(server)
     with raw(server.address) as client:
         client.sendall(b"x")
         assert ended(client) == "reset"
