@@ -330,7 +330,10 @@ def lay_out_python(tag: str, found: Tools, stdlib: Path) -> Path:
 def wine_environment(prefix: Path, found: Tools) -> dict[str, str]:
     """The host's environment, made fit for Wine."""
     # Nothing on the user's screen; and where wineserver's socket is must not depend on the caller's TMPDIR.
-    left_out = ("DISPLAY", "WAYLAND_DISPLAY", "TMPDIR", "WINELOADER", "PYTHONHOME", MARKER)
+    # Bytecode goes into our cache: who asked for none next to the sources gets none, and who starts many
+    # processes does not wait for the compiler in each.
+    left_out = ("DISPLAY", "WAYLAND_DISPLAY", "TMPDIR", "WINELOADER", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE",
+                MARKER)
     environment = {name: value for name, value in os.environ.items() if name not in left_out}
     environment.setdefault("WINEDEBUG", "-all")
     # One locale everywhere: the program's code page follows it.

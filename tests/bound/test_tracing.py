@@ -337,6 +337,7 @@ def test_switching_while_data_flows_loses_nothing(scope: str, io_threads: int) -
             for one in switched:
                 one.trace = 0 if switches % 2 else 100
             switches += 1
+            time.sleep(0.001)  # or whoever else needs the GIL waits for it
         for thread in threads:
             thread.join()
         assert not failed, failed
