@@ -87,9 +87,9 @@ class Bench:
     """The servers of a run, and what was measured of them."""
 
     def __init__(self, kinds: Sequence[Kind], starter: Starter, options: argparse.Namespace,
-                 processors: Sequence[int] | None = None) -> None:
+                 place: placement.Placement | None = None) -> None:
         token = secrets.token_hex(8)
-        self.servers = {kind.name: Server(kind, starter, token, processors) for kind in kinds}
+        self.servers = {kind.name: Server(kind, starter, token, place) for kind in kinds}
         self.records: list[Record] = []
         self._options = options
         self._stale: set[str] = set()  # to be started again before the next measure
@@ -233,12 +233,12 @@ def chosen(command: argparse.ArgumentParser, option: str, text: str, known: Sequ
 
 
 def describe(starter: Starter, options: argparse.Namespace, kinds: Sequence[Kind],
-             processors: Sequence[int] | None) -> Header:
+             place: placement.Placement | None) -> Header:
     """Returns: what one must know to read the figures."""
     return Header(
         python=version_line(starter), wine=wine_version(starter), load_generator=platform.python_version(),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
-        processors=os.cpu_count() or 0, placement=placement.described(processors), load_average=busy(),
+        processors=os.cpu_count() or 0, placement=placement.described(place), load_average=busy(),
         started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         rounds=options.rounds, seconds=options.seconds, quick=options.quick,
         servers={kind.name: " ".join(("python", *kind.arguments)) for kind in kinds},
@@ -265,9 +265,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         kind = next(kind for kind in kinds if kind.name == options.profile)
         print(profile(kind, starter, PROFILE_CLIENTS, options.seconds))
         return 0
-    processors = placement.take_sides(options.placement)
-    header = describe(starter, options, kinds, processors)
-    bench = Bench(kinds, starter, options, processors)
+    place = placement.take_sides(options.placement)
+    header = describe(starter, options, kinds, place)
+    bench = Bench(kinds, starter, options, place)
     started = time.monotonic()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the servers must not stay behind
     interrupted = False

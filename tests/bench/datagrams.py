@@ -122,8 +122,8 @@ def main() -> int:
         Kind(OURS, ("-m", "bench.peers.datagram_ours", str(options.io_threads))),
         Kind(THEIRS, ("-m", "bench.peers.datagram_asyncio")),
     )
-    processors = placement.take_sides(options.placement)
-    servers = {kind.name: Server(kind, starter, secrets.token_hex(8), processors) for kind in kinds}
+    place = placement.take_sides(options.placement)
+    servers = {kind.name: Server(kind, starter, secrets.token_hex(8), place) for kind in kinds}
     results: dict[str, list[Round]] = {name: [] for name in servers}
     try:
         for server in servers.values():
@@ -136,7 +136,7 @@ def main() -> int:
         for server in servers.values():
             server.end()
     print(f"{version_line(starter)}, depth {options.depth}, {options.rounds} rounds")
-    print(placement.described(processors))
+    print(placement.described(place))
     print(report(results))
     ratio = statistics.median(
         one.rate / max(1e-9, other.rate) for one, other in zip(results[OURS], results[THEIRS], strict=True)

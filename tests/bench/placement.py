@@ -7,6 +7,11 @@ measured where Linux had put the processes. And the load generator takes nothing
 Laws: (i) all servers alike; (ii) a server that uses several processors is not measured so: that is what
 `free` is for; (iii) where nothing can be placed (one processor, no such call) all is left as it is, and the
 report says so.
+
+`prompt` adds: a thread of a server whose call has returned runs at once, as on Windows. Otherwise wineserver
+may keep the processor until the next tick of Linux, up to 4 ms: while connections wait in the listen queue it
+looks for who takes the last one until the server does, and the server waits for the processor. Such a pause,
+no server's doing, hits one AcceptEx in a hundred, and is what the p99 of a storm shows.
 """
 
 from __future__ import annotations
@@ -14,13 +19,22 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
-CHOICES = ("split", "free")
+CHOICES = ("split", "free", "prompt")
 HELP = ("split: servers and wineserver on one processor, the load generator on the others; free: where the "
-        "system puts them, which is for servers that use several, such as a free-threaded Python's "
+        "system puts them, which is for servers that use several, such as a free-threaded Python's; prompt: "
+        "as split, and the servers' threads are real-time threads, for which one must be root "
         "(default: %(default)s)")
+
+
+class Placement(NamedTuple):
+    """Where the servers run."""
+
+    processors: list[int]
+    prompt: bool = False
 
 
 def sides(processors: Iterable[int]) -> tuple[list[int], list[int]]:
@@ -29,31 +43,49 @@ def sides(processors: Iterable[int]) -> tuple[list[int], list[int]]:
     return (ordered[:1], ordered[1:]) if len(ordered) > 1 else (ordered, ordered)
 
 
-def take_sides(choice: str) -> list[int] | None:
+def take_sides(choice: str) -> Placement | None:
     """Moves this process, and with it all that it starts, to the side of the load generator.
 
-    Returns: the processors for the servers; None: leave them where they are.
+    Returns: the place of the servers; None: leave them where they are.
     """
     if choice == "free" or sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2:
         return None
+    if choice == "prompt" and not _may_be_prompt():
+        raise SystemExit("--placement prompt: this user may not start real-time threads; root may")
     servers, load = sides(os.sched_getaffinity(0))
     os.sched_setaffinity(0, load)
-    return servers
+    return Placement(servers, choice == "prompt")
 
 
-def move(pids: Iterable[int], processors: Sequence[int] | None) -> None:
+def move(servers: Iterable[int], wineservers: Iterable[int], place: Placement | None) -> None:
     """Moves every thread of these processes; a thread that ends meanwhile is no matter."""
-    if sys.platform != "linux" or processors is None:
+    if sys.platform != "linux" or place is None:
         return
-    for pid in pids:
-        with contextlib.suppress(OSError):
-            for task in Path(f"/proc/{pid}/task").iterdir():
-                with contextlib.suppress(OSError):
-                    os.sched_setaffinity(int(task.name), processors)
+    for pids, prompt in ((servers, place.prompt), (wineservers, False)):
+        for pid in pids:
+            with contextlib.suppress(OSError):
+                for task in Path(f"/proc/{pid}/task").iterdir():
+                    with contextlib.suppress(OSError):
+                        os.sched_setaffinity(int(task.name), place.processors)
+                        if prompt:  # the lowest priority of those that need not wait for others
+                            os.sched_setscheduler(int(task.name), os.SCHED_RR, os.sched_param(1))
 
 
-def described(processors: Sequence[int] | None) -> str:
+if sys.platform == "linux":
+
+    def _may_be_prompt() -> bool:
+        before = os.sched_getscheduler(0), os.sched_getparam(0)
+        try:
+            os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+        except PermissionError:
+            return False
+        os.sched_setscheduler(0, *before)
+        return True
+
+
+def described(place: Placement | None) -> str:
     """Returns: for the heading of a report, who runs where."""
-    if processors is None:
+    if place is None:
         return "processors left to the system"
-    return f"servers and wineserver on processor {', '.join(map(str, processors))}, load generator elsewhere"
+    where = f"servers and wineserver on processor {', '.join(map(str, place.processors))}"
+    return f"{where}, load generator elsewhere{', servers before wineserver' if place.prompt else ''}"

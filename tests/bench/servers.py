@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .cycle import Address
-from .placement import move
+from .placement import Placement, move
 from .usage import Watched, command_line, marked_processes, process_name
 
 TESTS = Path(__file__).resolve().parent.parent
@@ -122,15 +122,15 @@ class NotStarted(Exception):
 
 
 class Server:
-    """One server of the comparison, on `processors` where given: see `placement.py`.
+    """One server of the comparison, at `place` where given: see `placement.py`.
 
     Not thread-safe; its output is read by a thread of its own.
     """
 
     def __init__(self, kind: Kind, starter: Starter, token: str,
-                 processors: Sequence[int] | None = None) -> None:
+                 place: Placement | None = None) -> None:
         self.kind = kind
-        self._processors = processors
+        self._place = place
         self._starter = starter
         self._token = f"{token}-{kind.name}"
         self._process: subprocess.Popen[bytes] | None = None
@@ -173,7 +173,7 @@ class Server:
             raise NotStarted(self.last_words())
         self._wineserver = wineservers(environment)
         watched = self.watched()
-        move(watched.server + watched.wineserver, self._processors)
+        move(watched.server, watched.wineserver, self._place)
 
     def watched(self) -> Watched:
         """Returns: the processes whose use counts for this server; a server may have several of its own."""

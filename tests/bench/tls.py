@@ -180,8 +180,8 @@ def main() -> int:
             ours(OURS, ("--tls-cert", str(path), *options.ours.split())),
             Kind(THEIRS, ("-m", "bench.peers.asyncio_tls", str(path))),
         )
-        processors = placement.take_sides(options.placement)
-        servers = {kind.name: Server(kind, starter, secrets.token_hex(8), processors) for kind in kinds}
+        place = placement.take_sides(options.placement)
+        servers = {kind.name: Server(kind, starter, secrets.token_hex(8), place) for kind in kinds}
         for server in servers.values():
             stack.callback(server.end)
             server.start()
@@ -193,7 +193,7 @@ def main() -> int:
                     one = measured(server.address, options.seconds, server.watched())
                     results[measure][name].append(one)
     print(f"{version_line(starter)}, {ssl.OPENSSL_VERSION} at the clients, {options.rounds} rounds")
-    print(placement.described(processors))
+    print(placement.described(place))
     for measure, found in results.items():
         print(report(measure, found))
     failed = any(one.failures for found in results.values() for one in found[OURS])

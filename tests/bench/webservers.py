@@ -193,8 +193,8 @@ def main() -> int:
         chosen = [every[name] for name in options.servers.split(",") if what == "small" or name != "uvicorn"]
         packages = sorted({package for kind in chosen for package in kind.packages})
         starter = make_starter(options.python, packages, options.native)
-        processors = placement.take_sides(options.placement)
-        servers = {kind.name: Server(kind, starter, secrets.token_hex(8), processors) for kind in chosen}
+        place = placement.take_sides(options.placement)
+        servers = {kind.name: Server(kind, starter, secrets.token_hex(8), place) for kind in chosen}
         results: dict[str, list[Round]] = {name: [] for name in servers}
         try:
             for server in servers.values():
@@ -211,7 +211,7 @@ def main() -> int:
                 server.end()
     text, good = report(results, what)
     print(f"{version_line(starter)}, {clients} clients, {options.rounds} rounds, measure {what}")
-    print(placement.described(processors))
+    print(placement.described(place))
     print(text)
     return 1 if options.check and not good else 0
 

@@ -160,8 +160,8 @@ def main() -> int:
         Kind(OURS, ("-m", "bench.peers.websocket_ours", str(options.io_threads))),
         Kind(THEIRS, ("-m", "bench.peers.websocket_asyncio")),
     )
-    processors = placement.take_sides(options.placement)
-    servers = {kind.name: Server(kind, starter, secrets.token_hex(8), processors) for kind in kinds}
+    place = placement.take_sides(options.placement)
+    servers = {kind.name: Server(kind, starter, secrets.token_hex(8), place) for kind in kinds}
     results: dict[str, list[Round]] = {name: [] for name in servers}
     clients: dict[str, list[Client]] = {}
     try:
@@ -176,7 +176,7 @@ def main() -> int:
         for server in servers.values():
             server.end()
     print(f"{version_line(starter)}, {options.clients} clients, {options.rounds} rounds")
-    print(placement.described(processors))
+    print(placement.described(place))
     print(report(results))
     rates, used = ratios(results)
     missed = statistics.median(rates) < RATE_WANTED or bool(used and statistics.median(used) > CPU_WANTED)

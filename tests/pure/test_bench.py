@@ -341,27 +341,33 @@ def test_servers_get_one_processor_and_the_load_generator_the_others(
 
 def test_free_placement_moves_nothing() -> None:
     assert placement.take_sides("free") is None
-    placement.move([os.getpid()], None)
+    placement.move([os.getpid()], [], None)
     assert "left to the system" in placement.described(None)
 
 
 if sys.platform == "linux":
 
     @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="with one processor there are no two sides")
-    def test_a_server_is_moved_with_all_its_threads_and_the_load_generator_away_from_it() -> None:
+    @pytest.mark.parametrize(("choice", "policy"), [("split", os.SCHED_OTHER), ("prompt", os.SCHED_RR)])
+    def test_a_server_is_moved_with_all_its_threads_and_the_load_generator_away_from_it(
+            choice: str, policy: int) -> None:
         before = os.sched_getaffinity(0)
+        if choice == "prompt" and not placement._may_be_prompt():
+            pytest.skip("this user may not start real-time threads")
         kind = Kind("threading", ("-m", "bench.peers.threading_server"))
         try:
-            processors = placement.take_sides("split")
-            assert processors is not None
-            server = Server(kind, NativePython(), "placed", processors)
+            place = placement.take_sides(choice)
+            assert place is not None
+            server = Server(kind, NativePython(), "placed", place)
             server.start()
             try:
                 (pid,) = server.watched().server
                 tasks = [int(task.name) for task in Path(f"/proc/{pid}/task").iterdir()]
                 assert tasks
-                assert all(os.sched_getaffinity(task) == set(processors) for task in tasks)
-                assert os.sched_getaffinity(0) == before - set(processors)
+                assert all(os.sched_getaffinity(task) == set(place.processors) for task in tasks)
+                assert all(os.sched_getscheduler(task) == policy for task in tasks)
+                assert os.sched_getaffinity(0) == before - set(place.processors)
+                assert os.sched_getscheduler(0) == os.SCHED_OTHER
             finally:
                 server.end()
         finally:
