@@ -961,7 +961,7 @@ def test_closing_and_aborting_in_all_ways_at_once(io_threads: int) -> None:
         wait_until(lambda: server.close_clients() or server.stats().connections == 0)
         stats = server.stats()
         print(dict(stats.closed))
-        assert sum(stats.closed.values()) >= 250
+        assert sum(stats.closed.values()) >= 150  # the others were reset before they were accepted
         for connection in Wild.made:
             if connection.calls:
                 connection.check()

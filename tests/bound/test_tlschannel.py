@@ -509,8 +509,10 @@ def test_reading_pauses_with_plaintext_that_has_come() -> None:
                 assert connection.names.count("data") == count
                 connection.resume_reading()
         assert connection.received == data
-        client.unwrap()
+        # The last call may have put its bytes down, and not have paused yet.
+        wait_until(lambda: connection.pauses == connection.names.count("data"))
         connection.resume_reading()
+        client.unwrap()
         connection.until("close")
         connection.check()
 
