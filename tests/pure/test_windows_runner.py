@@ -364,6 +364,18 @@ def result(
 
 
 @linux_half
+def test_what_the_host_is_told_of_its_screen_and_its_python_does_not_reach_wine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("DISPLAY", "TMPDIR", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("OF_THE_CALLER", "2")
+    made = windows.wine_environment(Path("/prefix"), windows.Tools("wine", "wineserver", "compiler"))
+    assert not {"DISPLAY", "TMPDIR", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE"} & set(made)
+    assert (made["OF_THE_CALLER"], made["WINEPREFIX"], made["WINESERVER"]) == ("2", "/prefix", "wineserver")
+
+
+@linux_half
 def test_exit_code_and_both_outputs_come_through() -> None:
     code = "import sys; sys.stdout.write('out'); sys.stderr.write('err'); sys.exit(7)"
     assert result(code) == (7, b"out", b"err")
