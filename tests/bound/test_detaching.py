@@ -447,12 +447,13 @@ def test_what_is_not_open_cannot_be_detached() -> None:
     fresh = Recorder()
     with pytest.raises(ConnectionClosedError, match="not connected"):
         fresh.detach()
-    with serving(Recorder) as server, raw(server.address):
+    with serving(Recorder) as server, raw(server.address) as client:
         (connection,) = [one for one in made(Recorder, 2) if one is not fresh]
         connection.until("connect")
         connection.close()
         with pytest.raises(ConnectionClosedError, match="is not open"):
             connection.detach()
+        client.close()  # else closing lingers
         connection.until("close")
         with pytest.raises(ConnectionClosedError, match="is not open"):
             connection.detach()

@@ -107,6 +107,7 @@ def test_a_large_file_arrives_whole(way: str, large: Path, io_threads: int) -> N
     with serving(handler, io_threads=io_threads) as server, raw(server.address) as client:
         data = read_all(client)
         assert sha(data) == sha(b"<" + large.read_bytes() + b">")
+        client.close()  # else closing lingers
         (connection,) = made(handler)
         connection.until("close")
         assert connection.close_reason == "local"

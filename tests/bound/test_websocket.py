@@ -880,6 +880,7 @@ def test_the_upgrade_of_a_connection_that_spoke_http() -> None:
             stopping = threading.Thread(target=server.stop)
             stopping.start()
             answer_close(peer)
+            peer.sock.close()  # else closing lingers
             stopping.join()
             assert peer.closed == 1001  # type: ignore[attr-defined]
 
