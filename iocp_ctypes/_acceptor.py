@@ -7,7 +7,7 @@ Laws
 2. `in_use` changes in two places: up where an AcceptEx was issued, down where its packet is retired.
 3. A replacement is posted before the new connection's callbacks run: they may take their time.
 4. The cap is the server's; each listening socket has its share of it, at least one.
-5. Accepting is not greedy: after a few AcceptEx in a row what the others brought has its turn. More are
+5. Accepting is not greedy: after some AcceptEx in a row what the others brought has its turn. Many more are
    retired and replaced than connections begin, for the kernel's queue is short: those wait in `_arrived`.
    Who puts something there, or into `_packets`, sees to it that a turn is due.
 6. Whatever is raised in here, out of memory or by a user's logging handler: a connection that came is handed
@@ -44,9 +44,10 @@ PEER_GONE: Final = frozenset({10051, 10053, 10054, 10057, 10060, 10065})
 #: for bad peers.
 FAILURES_IN_ROW: Final = 2
 #: AcceptEx operations retired, and replaced, in a row, and connections that begin: then the packets that came
-#: meanwhile are served, those of who is there.
-RETIRED_IN_ROW: Final = 4
+#: meanwhile are served, those of who is there. More begin where there were none.
+RETIRED_IN_ROW: Final = 32
 BEGUN_IN_ROW: Final = 1
+BEGUN_ALONE: Final = 4
 #: ERROR_NOT_ENOUGH_MEMORY, in place of the code of a call that was not made because something was raised.
 NO_MEMORY: Final = 8
 #: Connections that wait to begin; above it no AcceptEx is replaced, and the kernel's queue fills.
@@ -287,7 +288,7 @@ class Acceptor:
                 self._turn_due = False
                 if not taken:  # the rest, and who has arrived, have another
                     self._arrange_turn()
-        for _ in range(RETIRED_IN_ROW if alone else BEGUN_IN_ROW):
+        for _ in range(BEGUN_ALONE if alone else BEGUN_IN_ROW):
             with self._lock:
                 waiting = self._arrived.popleft() if self._arrived else None
                 if self._arrived or self._packets:  # the next does not wait for the callbacks of this one

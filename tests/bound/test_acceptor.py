@@ -34,6 +34,7 @@ from support import (
 
 from iocp_ctypes import Usage, _acceptor, _sockops, _win32
 from iocp_ctypes._acceptor import (
+    BEGUN_ALONE,
     BEGUN_IN_ROW,
     FAILURES_IN_ROW,
     RETIRED_IN_ROW,
@@ -214,28 +215,29 @@ def test_after_a_few_in_a_row_the_others_have_their_turn(alone: bool) -> None:
 
     Where the port has brought nothing since, nobody else waits, and more begin.
     """
-    bench = Bench(cap=30)
+    many = 7 * RETIRED_IN_ROW // 2
+    bench = Bench(cap=many)
     bench.patient = True
-    for size in range(30):
+    for size in range(many):
         bench.listening.complete(transferred=size)
     assert len(bench.accepted) == BEGUN_IN_ROW
-    assert (bench.pool.usage.in_use, bench.open) == (30, RETIRED_IN_ROW)
+    assert (bench.pool.usage.in_use, bench.open) == (many, RETIRED_IN_ROW)
     turns = []
     while bench.calls:
         assert len(bench.calls) == 1
         bench.came += not alone
         bench.calls.pop(0)()
         turns.append((len(bench.accepted), bench.open))
-    step = RETIRED_IN_ROW if alone else BEGUN_IN_ROW
+    step = BEGUN_ALONE if alone else BEGUN_IN_ROW
     begun = [len_ for len_, _taken in turns]
-    taken_by_turn = [min(30, RETIRED_IN_ROW * (turn + 2)) for turn in range(len(turns))]
+    taken_by_turn = [min(many, RETIRED_IN_ROW * (turn + 2)) for turn in range(len(turns))]
     assert [taken for _begun, taken in turns] == taken_by_turn
     assert begun[0] <= BEGUN_IN_ROW + step
     assert all(after - before <= step for before, after in itertools.pairwise(begun))
-    assert [len(first) for first in bench.accepted] == [*range(30)]
+    assert [len(first) for first in bench.accepted] == [*range(many)]
     bench.came += 1
     bench.listening.complete()
-    assert len(bench.accepted) == 31
+    assert len(bench.accepted) == many + 1
 
 
 def test_who_comes_alone_begins_at_once() -> None:
@@ -305,7 +307,7 @@ def test_what_arrives_after_its_turn_was_taken_begins_all_the_same() -> None:
 @pytest.mark.parametrize("status", [0, RESET])
 def test_all_that_a_turn_takes_is_replaced_before_a_callback_runs(status: int) -> None:
     """A callback may take its time: only its own connection waits for it."""
-    bench = Bench(cap=30)
+    bench = Bench(cap=3 * RETIRED_IN_ROW)
     bench.patient = True
     for _ in range(RETIRED_IN_ROW):
         bench.listening.complete(status)
@@ -318,20 +320,21 @@ def test_all_that_a_turn_takes_is_replaced_before_a_callback_runs(status: int) -
     expected = RETIRED_IN_ROW * (1 if status else 2)
     bench.came += 1  # else nobody waits for a turn, and more begin
     bench.calls.pop(0)()
-    assert seen == [(expected, 30, 1)]
+    assert seen == [(expected, 3 * RETIRED_IN_ROW, 1)]
 
 
 def test_what_waits_when_the_pool_closes_is_discarded() -> None:
-    bench = Bench(cap=30)
+    many = 2 * RETIRED_IN_ROW
+    bench = Bench(cap=many)
     bench.patient = True
-    socks = [bench.listening.complete() for _ in range(30)]
+    socks = [bench.listening.complete() for _ in range(many)]
     bench.pool.close()
     while bench.listening.posted:
         bench.listening.complete(CANCELLED)
     while bench.calls:
         bench.calls.pop(0)()
     assert bench.pool.usage.in_use == 0
-    assert sum(sock.closed for sock in socks) == 30 - RETIRED_IN_ROW  # the others are the server's
+    assert sum(sock.closed for sock in socks) == many - RETIRED_IN_ROW  # the others are the server's
     assert len(bench.accepted) == RETIRED_IN_ROW
 
 
