@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 import threading
@@ -18,8 +19,10 @@ from iocp_ctypes import ConnectionClosedError, Datagram, DatagramStats, Engine, 
 from iocp_ctypes import datagram as datagram_module
 from iocp_ctypes._port import CompletionPort
 
-GROUP, SOURCE_GROUP = "239.255.77.1", "232.1.77.1"
-GROUP6 = "ff02::4d:1"
+# Of this run alone: Linux gives a socket the datagrams of each group that somebody on the machine has joined.
+LAST = os.urandom(2)
+GROUP, SOURCE_GROUP = f"239.255.{LAST[0]}.{LAST[1]}", f"232.1.{LAST[0]}.{LAST[1]}"
+GROUP6 = f"ff02::4d:1{LAST.hex()[1:]}"
 V4, V6 = socket.AF_INET, socket.AF_INET6
 
 
@@ -267,7 +270,7 @@ def test_multicast_from_one_source(pair: tuple[Any, Any], monkeypatch: pytest.Mo
         )
         receiver.join(SOURCE_GROUP, interface="127.0.0.1", source="127.0.0.9")
         receiver.leave(SOURCE_GROUP, interface="127.0.0.1", source="127.0.0.9")
-    request = bytes((232, 1, 77, 1, 127, 0, 0, 9, 127, 0, 0, 1))  # group, source, interface
+    request = bytes((232, 1, *LAST, 127, 0, 0, 9, 127, 0, 0, 1))  # group, source, interface
     assert asked == [(0, 15, request), (0, 16, request)]
     if not _win32.is_wine():
         receiver.join(SOURCE_GROUP, interface="127.0.0.1", source="127.0.0.9")
