@@ -835,9 +835,10 @@ def test_a_callback_that_ends_the_program_stops_a_server_that_nobody_waits_for(
 @contextlib.contextmanager
 def clients_of(server: Any, count: int, handler: type[Recorder] = Echo) -> Iterator[list[socket.socket]]:
     with contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(raw(server.address)) for _ in range(count)]
-        for client in clients:
-            echoes(client)
+        clients = []
+        for _ in range(count):
+            clients.append(stack.enter_context(raw(server.address)))
+            echoes(clients[-1])  # so `server.connections` has them in this order
         yield clients
 
 
