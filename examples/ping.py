@@ -24,7 +24,7 @@ def checksum(packet: bytes) -> int:
 class Ping(Datagram):
     def __init__(self) -> None:
         super().__init__(("0.0.0.0", 0), type=socket.SOCK_RAW, protocol=socket.IPPROTO_ICMP)
-        self.ours = struct.pack(">H", os.getpid() & 0xFFFF)  # every raw socket gets everybody's answers
+        self.ours = os.urandom(2)  # every raw socket gets everybody's answers
         self.asked_at = 0.0
         self.answered = threading.Event()
 

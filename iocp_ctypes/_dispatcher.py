@@ -289,8 +289,11 @@ class Dispatcher:
                         what()
                 except Exception as exc:
                     _complain("a handler raised, which is a defect of iocp_ctypes", exc)
-                if me.relieved and not self._rejoin(me):
-                    return
+                if me.relieved:
+                    what = operation = None  # nothing is kept alive by a thread that waits
+                    if not self._rejoin(me):
+                        return
+            what = operation = None
 
     def _rejoin(self, me: _Worker) -> bool:
         """Serve again after having been relieved, at once or after a time in reserve; False.

@@ -200,6 +200,8 @@ class Engine:
         self._stop(STOP_TIMEOUT, on_watchdog=True)
 
     def _stop(self, timeout: float, on_watchdog: bool = False) -> bool:
+        if self._failed:
+            timeout = min(timeout, EXIT_TIMEOUT)  # nobody takes packets: what is pending stays so
         deadline = time.monotonic() + timeout
         # What the kernel still has must come back before the port closes; it was cancelled by those who left.
         while self.ops_pending and time.monotonic() < deadline and not self.dispatcher.is_io_thread():

@@ -238,8 +238,7 @@ class Server(Watched, Tunables, Handover):
         self._shutdown_wanted.set()
 
     def stop(self, timeout: float = 5.0) -> bool:
-        """Stop accepting, close all connections gracefully, abort at the deadline those that are left, end
-        the threads.
+        """Stop accepting, close all connections gracefully, at the deadline abort who is left, end threads.
 
         Args:
             timeout: seconds for the graceful part.
@@ -276,12 +275,13 @@ class Server(Watched, Tunables, Handover):
             for connection in self.connections:
                 connection._abort(CloseReason.SHUTDOWN)
             gone = self._wait_gone(monotonic() + ABORT_TIMEOUT)
-        others_ended = not self._processes or self._processes.stop(ABORT_TIMEOUT)
+        over = max(deadline, monotonic() + ABORT_TIMEOUT)  # for threads and processes to end
+        others_ended = not self._processes or self._processes.stop(over - monotonic())
         if not gone and self._processes:
             gone = self._wait_gone(monotonic())  # those of processes that were ended
-        ended = (self._workers.stop(ABORT_TIMEOUT) if self._workers else True) and others_ended
+        ended = (self._workers.stop(over - monotonic()) if self._workers else True) and others_ended
         if self._engine is not None:
-            ended = self._engine.leave(self, ABORT_TIMEOUT) and ended
+            ended = self._engine.leave(self, over - monotonic()) and ended
         self._stopped.set()
         log.debug(
             "stopped serving %s: %s",

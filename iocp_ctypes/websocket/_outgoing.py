@@ -58,6 +58,7 @@ INTERNAL_ERROR: Final = 1011
 
 _LOCKS: Final = make_locks()
 _numbers = itertools.count(1)
+_numbers_lock: Final = threading.RLock()  # without a GIL, count alone may give a number twice
 
 
 def payload(message: Any) -> tuple[Opcode, bytes]:
@@ -121,7 +122,8 @@ class Outgoing(Options):
     def __init__(self, connection: Connection) -> None:
         self.connection: Any = connection
         self.dropped = 0
-        self.id = next(_numbers)
+        with _numbers_lock:
+            self.id = next(_numbers)
         self._lock: Any = _LOCKS[lock_number(self.id)]
         self._state = CONNECTING
         self._mask = False  # True on a client

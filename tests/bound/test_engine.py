@@ -14,7 +14,7 @@ import pytest
 from support import LOOPBACK, PATIENCE, Echo, Recorder, raw, reachable, serve_beside, serving, wait_until
 from traffic import beside
 
-from iocp_ctypes import Engine, Server, connect
+from iocp_ctypes import Engine, Server, _dispatcher, connect
 from iocp_ctypes import engine as engine_module
 from iocp_ctypes._port import CompletionPort
 from iocp_ctypes._proactor import Operation
@@ -192,8 +192,8 @@ def test_the_port_outlives_operations_that_do_not_come_back(monkeypatch: pytest.
     lost.handler = engine.leave  # as with every operation: something that knows the engine, and so the table
     engine.proactor.pending[lost.address] = lost
     still = weakref.ref(lost)
-    assert engine.leave(engine, timeout=0.2) is True
-    assert threads() == []
+    engine.leave(engine, timeout=0.2)
+    wait_until(lambda: threads() == [])
     assert closed == []
     assert engine.ops_pending == 1
     del engine, lost
@@ -204,6 +204,21 @@ def test_the_port_outlives_operations_that_do_not_come_back(monkeypatch: pytest.
     gc.collect()
     assert still() is None, "so the above can fail"
     close(port)
+
+
+def test_where_the_io_threads_failed_operations_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "EXIT_TIMEOUT", 0.05)
+    monkeypatch.setattr(engine_module, "_abandoned", [])
+    engine = Engine(1)
+    engine.proactor.pending = {}  # the guards keep the first one
+    engine.enter(engine, nothing)
+    lost = Operation(16)
+    engine.proactor.pending[lost.address] = lost
+    engine._failed = True
+    engine.leave(engine, timeout=3600)
+    wait_until(lambda: threads() == [])
+    assert engine.ops_pending == 1
+    engine.port.close()
 
 
 def test_operations_on_their_way_are_waited_for() -> None:
@@ -243,7 +258,7 @@ def test_when_the_interpreter_ends_all_users_are_told_and_all_ends() -> None:
     assert engine in engine_module._engines
     engine_module._at_exit()
     assert told == ["one", "two"]
-    assert threads() == []
+    wait_until(lambda: threads() == [])
     assert engine not in engine_module._engines
     assert not engine.running
     engine_module._at_exit()
@@ -254,7 +269,7 @@ def test_when_the_interpreter_ends_servers_stop() -> None:
     with serving(Echo) as server:
         reachable(server.address)
         engine_module._at_exit()
-        assert threads() == []
+        wait_until(lambda: threads() == [])
         assert server.connections == []
         assert server.backlog.in_use == 0
 
@@ -317,6 +332,7 @@ def test_servers_stop_when_the_io_threads_have_failed(
         assert server._stopped.wait(PATIENCE)
         assert server._fatal is broken
     assert not engine.running
+    wait_until(lambda: sum(record.levelname == "ERROR" for record in list(expects_errors)) == 2)
     told = [record.getMessage() for record in expects_errors if record.levelname == "ERROR"]
     assert len(told) == 2
     assert all("serve_forever" in text for text in told)
@@ -343,7 +359,8 @@ def test_nobody_is_given_a_shared_engine_that_has_failed(
 # -- its figures --------------------------------------------------------------------------------------------
 
 
-def test_figures_count() -> None:
+def test_figures_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dispatcher, "STALL_CHECK", 3600.0)
     with serving(Echo, io_threads=1) as server:
         engine = server.engine
         before = engine.stats()
@@ -394,7 +411,8 @@ def test_figures_tell_of_a_stalled_thread() -> None:
             stalled.sendall(b"stall")
             wait_until(lambda: server.stats().engine.stalled_threads == 1)
             stats = server.stats().engine
-            assert (stats.handoffs, stats.io_threads) == (1, 2)
+            assert stats.handoffs >= 1
+            assert stats.io_threads >= 2
             reachable(server.address)
             release.set()
             assert stalled.recv(5) == b"stall"

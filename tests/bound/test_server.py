@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from support import (
     LOOPBACK,
+    OWN_HOST,
     PATIENCE,
     Echo,
     Recorder,
@@ -30,6 +31,7 @@ from support import (
 )
 
 from iocp_ctypes import OPTIONS, Connection, ConnectionClosedError, Engine, Server, Usage, _listening, _win32
+from iocp_ctypes import server as server_module
 
 # -- what is refused before a socket exists -----------------------------------------------------------------
 
@@ -203,7 +205,7 @@ def test_a_port_in_use_is_named_and_nothing_is_kept() -> None:
         other.listen()
         taken = other.getsockname()
         with socket.socket() as free:
-            free.bind(LOOPBACK)
+            free.bind((OWN_HOST, 0))
             first = free.getsockname()
         with pytest.raises(OSError, match=rf"127\.0\.0\.1:{taken[1]}") as caught:
             Server([first, taken], Echo)
@@ -277,7 +279,7 @@ def test_ipv6_alone(address: Any) -> None:
     with serving(Echo, address) as server:
         port = server.address[1]
         reachable(("::1", port))
-        assert gone(("127.0.0.1", port))
+        assert gone((OWN_HOST, port))
 
 
 def test_exclusive_is_the_default_and_can_be_left_out() -> None:
@@ -351,10 +353,10 @@ def test_work_threads_pin_connections() -> None:
 def test_io_threads_serve() -> None:
     with serving(Echo, io_threads=4) as server:
         assert server.stats().engine.io_threads == 4
-        names = {thread.ident: thread.name for thread in threading.enumerate()}
         reachable(server.address)
         (connection,) = made(Echo)
         connection.until("close")
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
         assert all(names[ident].startswith("iocp_ctypes I/O") for ident in connection.threads)
 
 
@@ -436,7 +438,6 @@ def test_on_drain_comes_once_for_each_time_above_the_high_mark() -> None:
 
 def test_idle_timeout() -> None:
     with serving(Echo, idle_timeout=0.3) as server, raw(server.address) as client:
-        echoes(client)
         (connection,) = made(Echo)
         assert ended(client) == "eof"
         exc = connection.until("close").value
@@ -464,8 +465,8 @@ def test_linger_timeout_bounds_waiting_for_the_peer() -> None:
 @pytest.mark.parametrize(
     ("name", "good", "bad"),
     [
-        ("silent_timeout", 3.0, 0),
-        ("idle_timeout", 3.0, -1),
+        ("silent_timeout", 30.0, 0),
+        ("idle_timeout", 30.0, -1),
         ("linger_timeout", 0.5, None),
         ("max_connections", 7, 0),
         ("max_per_host", 7, "7"),
@@ -572,7 +573,7 @@ def test_verify_request_that_raises_refuses(expects_errors: list[logging.LogReco
             assert ended(refused) == "reset"
         server.broken = False
         reachable(server.address)
-        assert server.stats().refused == 1
+        wait_until(lambda: server.stats().refused == 1)
     (record,) = expects_errors
     assert f"127.0.0.1:{name[1]}" in record.getMessage()
     assert record.exc_info
@@ -965,6 +966,7 @@ def test_stats_count_and_return_to_zero() -> None:
         assert fresh.backlog == Usage(64, 64)
         began = time.monotonic()
         with clients_of(server, 7):
+            wait_until(lambda: server.stats().bytes_sent == 35)
             during = server.stats()
             assert (during.connections, during.connections_peak, during.accepted) == (7, 7, 7)
             assert (during.bytes_received, during.bytes_sent) == (35, 35)
@@ -993,10 +995,10 @@ def test_stats_before_the_start_are_refused() -> None:
 
 
 def test_a_with_block_starts_and_stops() -> None:
-    with Server(LOOPBACK, Echo) as server:
+    with Server((OWN_HOST, 0), Echo) as server:
         reachable(server.address)
     assert gone(server.address)
-    with contextlib.suppress(ZeroDivisionError), Server(LOOPBACK, Echo) as other:
+    with contextlib.suppress(ZeroDivisionError), Server((OWN_HOST, 0), Echo) as other:
         raise ZeroDivisionError
     assert gone(other.address)
 
@@ -1008,7 +1010,7 @@ def test_starting_again_is_refused() -> None:
         reachable(server.address)
     with pytest.raises(RuntimeError, match="started before"):
         server.start()
-    unstarted = Server(LOOPBACK, Echo)
+    unstarted = Server((OWN_HOST, 0), Echo)
     assert unstarted.stop() is True
     assert gone(unstarted.address)
     with pytest.raises(RuntimeError, match="started before"):
@@ -1104,7 +1106,7 @@ def test_shutdown_before_serve_forever_counts() -> None:
 
 
 def test_server_close_leaves_connections_alone() -> None:
-    with serving(Echo) as server, clients_of(server, 2) as clients:
+    with serving(Echo, (OWN_HOST, 0)) as server, clients_of(server, 2) as clients:
         server.server_close()
         assert gone(server.address)
         for client in clients:
@@ -1114,15 +1116,22 @@ def test_server_close_leaves_connections_alone() -> None:
 
 def test_stop_waits_for_who_is_busy_and_cuts_off_who_idles() -> None:
     sent = bytes(range(250)) * 16_000
+    handed = threading.Event()
 
     class Busy(Echo):
         def got(self, data: bytes) -> None:
             self.send(sent if data == b"much" else data)
+            if data == b"much":
+                handed.set()
 
-    with serving(Busy) as server, clients_of(server, 20) as idle, raw(server.address) as busy:
+    with (
+        serving(Busy, linger_timeout=60) as server,
+        clients_of(server, 20) as idle,
+        raw(server.address) as busy,
+    ):
         busy.sendall(b"much")
         made(Busy, 21)
-        wait_until(lambda: server.stats().bytes_received == 20 * 5 + 4)
+        assert handed.wait(PATIENCE)
         received: list[bytes] = []
 
         def read_late() -> None:
@@ -1133,8 +1142,8 @@ def test_stop_waits_for_who_is_busy_and_cuts_off_who_idles() -> None:
         reading = threading.Thread(target=read_late)
         reading.start()
         began = time.monotonic()
-        assert server.stop(2) is True
-        assert time.monotonic() - began <= 2.5
+        assert server.stop(5) is True
+        assert time.monotonic() - began < 20
         reading.join(PATIENCE)
         assert received == [sent]
         assert {client.recv(1) for client in idle} == {b""}  # FIN came first
@@ -1152,7 +1161,7 @@ def test_stop_cuts_off_who_does_not_read() -> None:
         connection.send(bytes(8_000_000))
         began = time.monotonic()
         assert server.stop(0.5) is True
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 20, "it has 30 s to drain otherwise"
         connection.check()
         assert connection.close_reason == "shutdown"
 
@@ -1173,9 +1182,24 @@ def test_stop_says_when_a_callback_does_not_return() -> None:
     wait_until(lambda: Stuck.made[0].closed)
 
 
+def test_what_is_left_of_the_time_is_for_threads_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "ABORT_TIMEOUT", 0.05)
+    busy = threading.Event()
+
+    def late() -> None:
+        busy.set()
+        time.sleep(0.5)
+
+    server = Server(LOOPBACK, Echo, io_threads=1)
+    server.start()
+    server._home.engine.dispatcher.call_soon(late)
+    assert busy.wait(PATIENCE)
+    assert server.stop(PATIENCE) is True
+
+
 def test_clients_that_come_during_the_stop_are_told(io_threads: int) -> None:
     for _ in range(5):
-        with serving(Echo, io_threads=io_threads, linger_timeout=1) as server:
+        with serving(Echo, (OWN_HOST, 0), io_threads=io_threads, linger_timeout=1) as server:
             seen: list[str] = []
 
             def hammer(address: Any = server.address, seen: list[str] = seen) -> None:
@@ -1203,7 +1227,8 @@ def test_clients_that_come_during_the_stop_are_told(io_threads: int) -> None:
             assert stats.accepted == len(Echo.made) == sum(stats.closed.values())
             assert stats.accept_failed == 0, "who came during the stop was refused"
         for connection in Echo.made:
-            connection.check()
+            if connection.calls:  # else it ended before it began
+                connection.check()
         Echo.made.clear()
 
 
@@ -1233,7 +1258,7 @@ def test_methods_after_the_end_of_a_connection() -> None:
         connection.until("close")
         with pytest.raises(ConnectionClosedError):
             connection.send(b"x")
-        assert server.connections == []
+        wait_until(lambda: server.connections == [])
 
 
 def test_the_defaults_are_those_of_the_documentation() -> None:
