@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Seconds for a line or for an end: a start takes up to 4 s under Wine, and the machine may be busy.
-PATIENCE = 30.0
+PATIENCE = 60.0
 #: What a server of several processes logs where the system, under load, cannot make one at once (Wine: 1359).
 SHORT = "no process could be made: OSError"
 

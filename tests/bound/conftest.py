@@ -51,7 +51,7 @@ def guards(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Errors]:
     log.addHandler(errors)
     try:
         yield errors
-        wait_until(lambda: _of_library() <= threads, timeout=5, what=f"no thread left: {_of_library()}")
+        wait_until(lambda: _of_library() <= threads, what=f"no thread left: {_of_library()}")
         assert set(engine_module._engines) <= running, "an engine was left running"
         for pending in tables:
             assert not pending, f"{len(pending)} operations are pending"

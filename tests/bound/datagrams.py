@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from support import IO_THREADS, LOOPBACK, PATIENCE, wait_until
+from support import IO_THREADS, LOOPBACK, OWN_HOST, PATIENCE, wait_until
 
 from iocp_ctypes import Datagram
 
@@ -118,6 +118,6 @@ def plain(family: int = socket.AF_INET, address: Any = None) -> Iterator[socket.
 
 def closed_port() -> tuple[str, int]:
     """Return a loopback address where nobody listens."""
-    with plain() as sock:
+    with plain(address=(OWN_HOST, 0)) as sock:
         host, port = sock.getsockname()
         return str(host), int(port)

@@ -26,6 +26,7 @@ class Telling(Connection):
         elif data == b"raise":
             raise ValueError("told to")
         elif data == b"block":
+            self.send(b"blocking")
             threading.Event().wait(60)
         elif data == b"idle":
             self.send(repr(self.idle_timeout).encode())

@@ -17,6 +17,8 @@ from iocp_ctypes import Connection, Server, _win32
 
 #: Seconds for what should happen at once; only a failing test waits so long.
 PATIENCE = 10.0
+#: A host of this run alone: another run may take a port of 127.0.0.1 as soon as it is free.
+OWN_HOST = "127." + ".".join(str(1 + byte % 254) for byte in os.urandom(3))
 #: `io_threads` of every server that names none; the whole suite passes with 1 and with 4.
 BACKLOG = 8  # of most servers in tests
 IO_THREADS = int(os.environ.get("IOCP_CTYPES_TEST_IO_THREADS", "0"))
@@ -37,11 +39,13 @@ def rst(sock: socket.socket) -> None:
 def wait_until(predicate: Callable[[], Any], timeout: float = PATIENCE, what: str = "") -> Any:
     """Wait until `predicate` returns something true, and return that; AssertionError after `timeout` s."""
     deadline = time.monotonic() + timeout
-    while not (value := predicate()):
-        if time.monotonic() > deadline:
+    while True:
+        late = time.monotonic() > deadline  # before it is asked: this thread may be held up in between
+        if value := predicate():
+            return value
+        if late:
             raise AssertionError(f"{what or 'what was waited for'}: still {value!r} after {timeout:g} s")
         time.sleep(0.005)
-    return value
 
 
 def read_exactly(sock: socket.socket, count: int) -> bytes:
@@ -259,8 +263,12 @@ def serve_beside(server: Server) -> tuple[threading.Thread, list[BaseException]]
 
 def made(handler: type[Recorder], count: int = 1) -> list[Any]:
     """Wait until `count` connections of a class were made, and return all of them."""
-    wait_until(lambda: len(handler.made) >= count, what=f"{count} connections of {handler.__name__}")
-    return list(handler.made)
+
+    def attached() -> list[Any]:  # one is listed before it has its socket; this is the last that _attach sets
+        return [one for one in list(handler.made) if hasattr(one, "_pause_asked")]
+
+    wait_until(lambda: len(attached()) >= count, what=f"{count} connections of {handler.__name__}")
+    return attached()
 
 
 def echoes(sock: socket.socket, data: bytes = b"hello") -> None:

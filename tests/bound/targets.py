@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from support import Recorder
+from support import OWN_HOST, Recorder
 
 from iocp_ctypes import _connector
 
@@ -26,7 +26,7 @@ class Asked(Recorder):
         assert not self.closing
 
 
-def closed_port(host: str = "127.0.0.1") -> tuple[str, int]:
+def closed_port(host: str = OWN_HOST) -> tuple[str, int]:
     """An address where nobody listens."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
         sock.bind((host, 0))
@@ -42,13 +42,17 @@ def full_queue(host: str = "127.0.0.1") -> Iterator[tuple[str, int]]:
         listener.bind((host, 0))
         listener.listen(1)
         address: tuple[str, int] = listener.getsockname()[:2]
+        late = 0
         for _ in range(300):
             client = stack.enter_context(socket.socket(listener.family))
             client.settimeout(0.5)
             try:
                 client.connect(address)
+                late = 0
             except TimeoutError:
-                break
+                late += 1
+                if late == 2:  # one alone may be a machine that is busy
+                    break
         else:
             raise AssertionError("the queue never was full")
         yield address

@@ -800,7 +800,7 @@ def test_peers_that_reset_while_they_queue_do_not_end_accepting() -> None:
         settled(server, 1)
         wait_until(lambda: level(server), what="the full pool")
         reachable(server.address)
-        assert server.stats().accepted == len(Echo.made)
+        wait_until(lambda: server.stats().accepted == len(Echo.made))
 
 
 class Spy:
@@ -1044,23 +1044,23 @@ def test_first_bytes_may_come_at_the_moment_of_reaping(io_threads: int) -> None:
         wait_until(lambda: level(server) and not server.stats().connections, what="the full pool")
         stats = server.stats()
         assert stats.accepted == len(Echo.made) == outcomes["served"]
-        assert stats.reaped + stats.accept_failed >= outcomes["reaped"]
+        wait_until(lambda: server.stats().reaped + server.stats().accept_failed >= outcomes["reaped"])
         reachable(server.address)
 
 
 def test_peers_that_are_silent_after_the_accept_are_reaped() -> None:
-    with serving(Echo, silent_timeout=1) as server:
+    with serving(Echo, silent_timeout=3) as server:
         began = time.monotonic()
         with raw(server.address) as silent, raw(server.address) as talker:
             echoes(talker)
             assert ended(silent) == "eof"
-            assert time.monotonic() - began >= 0.95
+            assert time.monotonic() - began >= 2.95
             first, second = made(Echo, 2)
             lost = first if first.received == b"" else second
             assert lost.until("close").value.errno is not None
             assert lost.close_reason == "silent"
             echoes(talker)
-        assert server.stats().reaped == 1
+        wait_until(lambda: server.stats().reaped == 1)
         assert server.stats().closed["silent"] == 1
 
 
@@ -1220,7 +1220,7 @@ def test_a_flood_of_connects_leaves_the_pool_full() -> None:
             else:
                 client.close()
         settled(server, 300)
-        wait_until(lambda: level(server), timeout=1, what="the full pool")
+        wait_until(lambda: level(server), what="the full pool")
         reachable(server.address)
 
 

@@ -306,7 +306,7 @@ def test_on_work_threads(by_relay: None) -> None:
         server.broadcast(BLOCK)
         assert read_exactly(client, len(BLOCK)) == BLOCK
         connection.until("drain")
-        assert "work" in connection.thread
+        wait_until(lambda: "work" in getattr(connection, "thread", ""))
 
 
 def test_stopping_sends_what_waits(by_relay: None, monkeypatch: pytest.MonkeyPatch) -> None:

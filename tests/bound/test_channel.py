@@ -104,7 +104,8 @@ def test_idle_is_quiet_a_byte_is_data_and_fin_is_eof(options: dict[str, Any]) ->
         assert connection.names == ["connect", "data", "eof", "close"]
 
 
-def test_what_an_idle_connection_keeps_posted(recv_mode: str) -> None:
+def test_what_an_idle_connection_keeps_posted(recv_mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_channel, "BUSY_GAP", 3600.0)
     with serving(Echo, recv_mode=recv_mode, recv_size=32 * 1024) as server, raw(server.address) as client:
         for _ in range(3):
             echoes(client, b"x" * 100)
@@ -152,6 +153,7 @@ def test_data_waits_for_on_connect_to_return(options: dict[str, Any]) -> None:
         client.sendall(b"eager")
         client.shutdown(socket.SHUT_WR)
         (connection,) = made(Slow)
+        connection.until("connect")
         time.sleep(SOON)
         assert connection.names == ["connect"]
         let_go.set()
@@ -198,7 +200,7 @@ def test_what_arrives_after_pausing_from_another_thread_is_kept(options: dict[st
         connection.pause_reading()  # one receive is posted already, and brings this
         client.sendall(b"one ")
         wait_until(lambda: receives_posted(server) == 0)
-        assert connection.recvburst.in_use == 0
+        wait_until(lambda: connection.recvburst.in_use == 0)
         client.sendall(b"two ")
         time.sleep(SOON)
         assert connection.names == ["connect"]
@@ -224,7 +226,11 @@ def test_resuming_in_a_callback_posts_one_receive(options: dict[str, Any]) -> No
             client.sendall(b"%02d" % number)
             (connection,) = made(Fidgety)
             wait_until(lambda size=2 * number + 2, seen=connection: len(seen.received) == size)
-            wait_until(lambda: receives_posted(server) == 1)
+            wait_until(
+                lambda seen=connection: (
+                    receives_posted(server) == 1 and not (seen._burst and seen._burst.delivering)
+                )
+            )
         ahead = options["recv_mode"] == "burst"
         assert connection.data == ahead, "no receive is posted while one is delivered, or one ahead"
         assert connection.received == b"".join(b"%02d" % number for number in range(20))
@@ -295,7 +301,8 @@ def test_a_paused_connection_that_sends_notices_a_reset(options: dict[str, Any])
         rst(client)
         limit = time.monotonic() + PATIENCE
         while not connection.closing and not connection.closed and time.monotonic() < limit:
-            connection.send(b"anybody there?")
+            with contextlib.suppress(ConnectionError):  # it may end between the look and this
+                connection.send(b"anybody there?")
             time.sleep(0.005)
         connection.until("close")
         assert connection.close_reason in ("reset", "aborted")
@@ -351,6 +358,7 @@ def test_first_bytes_of_a_connection_that_pauses_in_on_connect(recv_mode: str) -
         client.sendall(b"first")
         (connection,) = made(Pausing)
         connection.until("connect")
+        wait_until(lambda: connection._paused)
         time.sleep(SOON)
         assert connection.names == ["connect"]
         connection.resume_reading()
@@ -428,7 +436,7 @@ def test_what_was_sent_before_close_arrives_whole_at_a_slow_reader(options: dict
         (connection,) = made(Farewell)
         wait_until(lambda: connection.closing)
         assert 0 < connection.write_buffer_size < len(STUCK), "progress is visible within one buffer"
-        assert connection.bytes_sent + connection.write_buffer_size == len(STUCK)
+        wait_until(lambda: connection.bytes_sent + connection.write_buffer_size == len(STUCK))
         time.sleep(SOON)
         came = []
         while part := client.recv(7001):
@@ -617,13 +625,13 @@ def test_small_sends_do_not_wait_for_acknowledgements() -> None:
 
     with serving(Twice) as server, raw(server.address) as client:
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        began = time.monotonic()
+        times = []
         for _ in range(100):
+            began = time.monotonic()
             client.sendall(b"ping")
             assert read_exactly(client, 8) == b"headbody"
-        took = time.monotonic() - began
-    print(f"100 exchanges took {took:.3f} s")
-    assert took < 3.5, "each waited 40 ms for a delayed acknowledgement"
+            times.append(time.monotonic() - began)
+    assert sorted(times)[25] < 0.035, "they waited 40 ms for a delayed acknowledgement"
 
 
 @pytest.mark.parametrize("code", [WSAENOBUFS, WSAEWOULDBLOCK])
@@ -635,8 +643,9 @@ def test_a_send_that_the_system_has_no_resources_for_is_tried_again_in_order(
         (connection,) = made(Recorder)
         connection.until("connect")
         failures.coming = 3
-        connection.send(b"one ")
-        assert connection.write_buffer_size == 4
+        with connection._lock:  # nobody tries again before we have looked
+            connection.send(b"one ")
+            assert connection.write_buffer_size == 4
         connection.send(b"two ")
         connection.send_many([b"thr", b"ee "])
         connection.send(bytes(MIB))
@@ -708,7 +717,7 @@ def test_a_peer_that_talks_but_does_not_read_cannot_hold_a_closing_connection(
 
     with serving(Closer, linger_timeout=0.1) as server, raw(server.address) as client:
         (connection,) = made(Closer)
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + PATIENCE
         while not connection.closed and time.monotonic() < deadline:
             time.sleep(0.05)
             with contextlib.suppress(OSError):

@@ -73,7 +73,7 @@ def test_an_answer_arrives_although_the_question_was_not_read_to_its_end() -> No
             self.send(b"too much" * 100)
             self.close()
 
-    with serving(Refusing, linger_timeout=60) as server, raw(server.address) as client:
+    with serving(Refusing, linger_timeout=60) as server, raw(server.address, timeout=60) as client:
         client.sendall(MUCH)
         assert read_all(client) == b"too much" * 100
         client.close()
@@ -352,7 +352,8 @@ def test_no_byte_ever_reaches_another_connection(io_threads: int) -> None:
         wait_until(lambda: not server.stats().connections)
         wait_until(lambda: not [t for t in threading.enumerate() if "(late)" in t.name])
     for connection in Token.made:
-        connection.check()
+        if connection.calls:  # else it ended before it began
+            connection.check()
         tokens = {data[:5] for data in (call.value for call in connection.calls if call.name == "data")}
         assert len(tokens) <= 1
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import contextlib
 import dataclasses
+import random
 import re
 import socket
 import sys
@@ -27,10 +28,23 @@ from iocp_ctypes.certificate import throwaway_certificate
 
 def free_port() -> int:
     """A port that nobody listens on, or did a moment ago."""
-    with socket.socket() as sock:
-        sock.bind(LOOPBACK)
-        port: int = sock.getsockname()[1]
-    return port
+    for port in random.sample(range(20_000, 32_000), 100):  # below what systems hand out by themselves
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
+
+
+class Waited(threading.Event):
+    """Tells when serve_forever waits: from then on Ctrl-C ends it as it should."""
+
+    def __init__(self, tell: Callable[[], object]) -> None:
+        super().__init__()
+        self.tell = tell
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.tell()
+        return super().wait(timeout)
 
 
 class Noted(Server):
@@ -43,7 +57,7 @@ class Noted(Server):
         self.options = options
 
     def serve_forever(self, poll_interval: float = 0.25) -> None:
-        self.made[:] = [self]
+        self._shutdown_wanted = Waited(lambda: self.made.__setitem__(slice(None), [self]))
         super().serve_forever(poll_interval)
 
 
@@ -113,6 +127,8 @@ def test_echo_hands_its_options_to_the_server(monkeypatch: pytest.MonkeyPatch) -
 def test_echo_prints_figures_if_asked_to(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(_commands, "STATS_INTERVAL", 600.0)
+
     def meanwhile(server: Noted) -> None:
         for _ in range(3):
             reachable(server.address, b"12345")
@@ -230,7 +246,10 @@ def test_echo_over_tls(tmp_path: Path) -> None:
 
 def test_echo_to_a_client_that_reads_late() -> None:
     size = 12_000_000
-    with running("-m", "iocp_ctypes", "echo", "--port", "0") as program, raw(program.listening()) as client:
+    with (
+        running("-m", "iocp_ctypes", "echo", "--port", "0") as program,
+        raw(program.listening(), 60) as client,
+    ):
         sender = threading.Thread(target=client.sendall, args=(bytes(size),))
         sender.start()
         sender.join(0.5)
@@ -283,7 +302,12 @@ def test_websocket_serves_until_ctrl_c(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     serve, serving = Server.serve_forever, threading.Event()
-    monkeypatch.setattr(Server, "serve_forever", lambda self: (serving.set(), serve(self)))
+
+    def noted(self: Any) -> None:
+        self._shutdown_wanted = Waited(serving.set)
+        serve(self)
+
+    monkeypatch.setattr(Server, "serve_forever", noted)
     thread = threading.Thread(target=lambda: serving.wait(PATIENCE) and _thread.interrupt_main())
     thread.start()
     assert main(["websocket", "--port", "0", "--stats"]) == 0
@@ -431,7 +455,7 @@ def test_wsgi_serves_until_ctrl_c(
 ) -> None:
     class NotedWSGI(wsgi.WSGIServer):
         def serve_forever(self, poll_interval: float = 0.25) -> None:
-            Noted.made[:] = [self]
+            self._shutdown_wanted = Waited(lambda: Noted.made.__setitem__(slice(None), [self]))
             super().serve_forever(poll_interval)
 
     monkeypatch.setattr(wsgi, "WSGIServer", NotedWSGI)

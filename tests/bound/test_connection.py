@@ -244,7 +244,7 @@ def test_send_many_is_one_call_for_ten_buffers(
     assert read_exactly(client, sum(map(len, buffers))) == b"".join(buffers)
     assert sends == [10]
     wait_until(lambda: connection.write_buffer_size == 0)
-    assert connection.bytes_sent == sum(map(len, buffers))
+    wait_until(lambda: connection.bytes_sent == sum(map(len, buffers)))
 
 
 def test_send_many_takes_any_number_of_any_buffers(
@@ -319,6 +319,7 @@ def test_send_eof_ends_one_direction_only(pair: tuple[Recorder, socket.socket]) 
     connection.send_eof()
     assert read_all(client) == STUCK
     assert not connection.closing
+    connection.until("drain")
     client.sendall(b"still heard")
     assert connection.until("data").value == b"still heard"
     client.close()
@@ -548,7 +549,7 @@ def test_call_soon_keeps_the_order_and_does_not_overlap(io_threads: int) -> None
             client.sendall(b"y")
         for asker in askers:
             asker.join()
-        wait_until(lambda: connection.names.count("soon") == 1500)
+        wait_until(lambda: sum(isinstance(what[0], int) for what in list(connection.data)) == 1500)
         numbers = [what[0] for what in connection.data if isinstance(what[0], int)]
         for first in (0, 1000, 2000):
             assert [number for number in numbers if first <= number < first + 500] == list(
@@ -663,7 +664,7 @@ GOOD: dict[str, list[Any]] = {
     "recv_mode": ["flow", "zero-byte", "burst", "auto"],
     "high_mark": [16 * 1024, 1 << 20],
     "low_mark": [0, 64 * 1024],
-    "idle_timeout": [0.5, 3600, None],
+    "idle_timeout": [30, 3600, None],
     "nodelay": [False, True],
     "keepalive": [30, (30, 5), None],
 }

@@ -36,7 +36,7 @@ class Bench:
         made.attach(self.proactor, self.port)
         return made
 
-    def retire(self, timeout_ms: int = 2000) -> list[tuple[Operation, int]]:
+    def retire(self, timeout_ms: int = 10_000) -> list[tuple[Operation, int]]:
         """Take packets off the port and their operations out of the table."""
         ready: deque[tuple[Any, int]] = deque()
         self.port.reap(Batch(16), timeout_ms, ready)

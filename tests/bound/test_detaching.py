@@ -196,6 +196,15 @@ class Slow(Recorder):
         return taken
 
 
+def in_order(client: socket.socket) -> list[Any]:
+    """Return the two connections, that of the client first; both have been told and are at rest."""
+    both = made(Slow, 2)
+    for each in both:
+        each.until("connect")
+        wait_until(lambda each=each: not each._strand._tasks and each._strand._token)
+    return sorted(both, key=lambda each: each.peer_address != client.getsockname())
+
+
 def test_in_a_callback_amid_a_delivery_nothing_is_lost(io_threads: int) -> None:
     """Another I/O thread has the bytes in hand, which are not in the stash yet."""
     with (
@@ -221,9 +230,7 @@ def test_in_another_connections_callback_it_waits_for_on_data(io_threads: int) -
         raw(server.address) as client,
         raw(server.address) as other,
     ):
-        one, two = sorted(made(Slow, 2), key=lambda each: each.peer_address != client.getsockname())
-        one.until("connect")
-        two.until("connect")
+        one, two = in_order(client)
         seen: list[bytes] = []
 
         def take() -> None:
@@ -247,9 +254,7 @@ def test_in_another_connections_callback_on_the_same_work_thread() -> None:
         raw(server.address) as client,
         raw(server.address) as other,
     ):
-        one, two = sorted(made(Slow, 2), key=lambda each: each.peer_address != client.getsockname())
-        one.until("connect")
-        two.until("connect")
+        one, two = in_order(client)
 
         def take() -> None:
             client.sendall(b"hello")
@@ -272,6 +277,7 @@ def test_a_stream_of_bytes_is_not_torn(io_threads: int) -> None:
                 sender = threading.Thread(target=client.sendall, args=(sent,))
                 sender.start()
                 connection = made(Recorder, number + 1)[number]
+                connection.until("connect")
                 wait_until(lambda c=connection, n=number: c.bytes_received > n * 300_000)
                 connection.sock = connection.detach()
                 before = connection.bytes_received
@@ -358,7 +364,11 @@ class Looked(Recorder):
         if self.task is not None:
             self.task()
 
+    time_is_up = False
+
     def _try_to_let_go(self, in_callback: bool) -> socket.socket | None:
+        if self.time_is_up:
+            raise TimeoutError("as when the time is over")
         taken = super()._try_to_let_go(in_callback)
         self.looks += 1
         return taken
@@ -372,23 +382,24 @@ class Looked(Recorder):
 @contextlib.contextmanager
 def detaching_in_vain(connection: Any) -> Iterator[None]:
     """For a `with` block detach() waits for a peer that does not read; then it is out of time."""
-    out_of_time = threading.Event()
     caught: list[BaseException] = []
 
     def detach() -> None:
         try:
-            connection.detach(0.5)
+            connection.detach(PATIENCE)
         except TimeoutError as exc:
             caught.append(exc)
-        out_of_time.set()
 
     connection.send(bytes(12 * MIB))
     waiter = threading.Thread(target=detach)
     waiter.start()
     connection.looked_again()
-    yield
-    assert not out_of_time.is_set(), "the block was too slow"
-    waiter.join()
+    try:
+        yield
+        assert waiter.is_alive(), "the block was too slow"
+    finally:
+        connection.time_is_up = True
+        waiter.join()
     assert len(caught) == 1
 
 
@@ -408,7 +419,7 @@ def test_who_resumes_while_it_is_waited_for_reads_on_after_a_time_out(recv_mode:
 
 @pytest.mark.parametrize("recv_mode", ["flow", "burst"])
 def test_who_pauses_while_it_is_waited_for_stays_paused_after_a_time_out(recv_mode: str) -> None:
-    go = threading.Event()
+    go, paused = threading.Event(), threading.Event()
     with serving(Looked, recv_mode=recv_mode) as server, raw(server.address) as client:
         (connection,) = made(Looked)
         connection.until("connect")
@@ -416,12 +427,14 @@ def test_who_pauses_while_it_is_waited_for_stays_paused_after_a_time_out(recv_mo
         def pause() -> None:
             assert go.wait(PATIENCE)
             connection.pause_reading()
+            paused.set()
 
         connection.task = pause
         client.sendall(b"one")
         connection.until("data")
         with detaching_in_vain(connection):
             go.set()
+            assert paused.wait(PATIENCE)
             connection.looked_again()
         client.sendall(b"two")
         time.sleep(SOON)
@@ -521,6 +534,7 @@ def test_a_client_connection_gives_its_socket_as_well() -> None:
         with connection.detach() as sock:
             sock.sendall(b"hello")
             assert read_exactly(sock, 5) == b"hello"
+        connection.until("close")
         connection.check()
 
 

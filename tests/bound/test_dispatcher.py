@@ -118,7 +118,7 @@ class Gate:
     def __call__(self) -> None:
         self.thread = threading.get_ident()
         self.began.set()
-        assert self.go_on.wait(PATIENCE)
+        assert self.go_on.wait(6 * PATIENCE)
 
 
 @pytest.fixture
@@ -252,7 +252,7 @@ def test_what_completes_at_once_for_ever_starves_nobody(quiet: Bench) -> None:
     def again(operation: Operation, _count: int, _status: int) -> None:
         nonlocal turns
         turns += 1
-        if not served.is_set() and turns < 1_000_000:
+        if not served.is_set():
             quiet.proactor.pending[operation.address] = operation
             quiet.dispatcher.completed(operation.address, 1)
 
@@ -261,8 +261,10 @@ def test_what_completes_at_once_for_ever_starves_nobody(quiet: Bench) -> None:
     quiet.dispatcher.completed(operation.address, 1)
     wait_until(lambda: turns > 100)
     put(quiet.port, (other.address, 1))
-    assert served.wait(PATIENCE)
-    assert turns < 1_000_000
+    try:
+        assert served.wait(PATIENCE)
+    finally:
+        served.set()
 
 
 def test_who_queues_as_fast_as_packets_are_taken_keeps_nobody_from_serving(
@@ -280,6 +282,7 @@ def test_who_queues_as_fast_as_packets_are_taken_keeps_nobody_from_serving(
     port = Flood()
     bench = make(1, port, Looks())
     bench.call(lambda: None)
+    wait_until(lambda: port.waiting == 1)
     port.left = 100_000
     left = bench.call(lambda: port.left)
     assert left > 90_000, "it was served when the flood was over"
@@ -302,12 +305,13 @@ def test_a_serving_thread_needs_no_packet_for_its_own_calls(quiet: Bench) -> Non
 
 def test_figures_count_packets_and_calls_that_brought_some(quiet: Bench) -> None:
     quiet.call(lambda: None)
+    wait_until(lambda: quiet.port.waiting == 1)
     packets, reaps = quiet.dispatcher.packets, quiet.dispatcher.reaps
     gate = quiet.stall()
     put(quiet.port, *[(0, 0)] * 10)
     gate.go_on.set()
     quiet.call(lambda: None)
-    assert quiet.dispatcher.packets - packets == 12
+    wait_until(lambda: quiet.dispatcher.packets - packets == 12)
     assert 2 <= quiet.dispatcher.reaps - reaps <= 4
 
 
@@ -392,7 +396,7 @@ def test_a_handler_that_blocks_holds_nobody_back(bench: Bench) -> None:
         assert event.wait(PATIENCE)
     print(f"the others waited for {time.monotonic() - began:.3f} s")
     assert not gate.go_on.is_set()
-    assert gate.began.is_set()
+    assert gate.began.wait(PATIENCE)
     if bench.dispatcher._running_max == 1:
         assert bench.dispatcher.handoffs >= 1
 
@@ -622,8 +626,10 @@ def test_asking_who_is_an_io_thread_while_threads_come_and_go(make: Callable[...
 
 
 def test_a_handler_that_raises_is_logged_and_the_thread_lives(
-    bench: Bench, expects_errors: list[logging.LogRecord]
+    make: Callable[..., Bench], io_threads: int, expects_errors: list[logging.LogRecord]
 ) -> None:
+    bench = make(io_threads, looks=Looks())
+
     def bad(*_arguments: Any) -> None:
         raise ZeroDivisionError
 
@@ -648,7 +654,11 @@ class Rude(logging.Handler):
         raise ZeroDivisionError
 
 
-def test_a_log_handler_that_raises_ends_no_thread(bench: Bench, expects_errors: Any) -> None:
+def test_a_log_handler_that_raises_ends_no_thread(
+    make: Callable[..., Bench], io_threads: int, expects_errors: Any
+) -> None:
+    bench = make(io_threads, looks=Looks())
+
     def bad() -> None:
         raise LookupError
 

@@ -201,7 +201,10 @@ def test_what_was_handed_over_before_it_is_connected_is_sent_then(way: str, larg
         connection.send_file(large)
         connection.send(b" last")
         (server_side,) = [one for one in made(Recorder, 2) if one is not connection]
-        wait_until(lambda: server_side.bytes_received == LARGE + 11)
+        wait_until(
+            lambda: sum(len(call.value) for call in server_side.calls if call.name == "data") == LARGE + 11,
+            timeout=60,
+        )
         assert sha(server_side.received) == sha(b"first " + large.read_bytes() + b" last")
         connection.abort()
 
@@ -398,7 +401,8 @@ def _read_what_comes(sock: socket.socket) -> None:
         pass
 
 
-def test_stop_ends_files_too(way: str, large: Path) -> None:
+def test_stop_ends_files_too(way: str, large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("iocp_ctypes.server.ABORT_TIMEOUT", PATIENCE)
     with serving(Recorder, stop_timeout=0.2) as server:
         client = raw(server.address)  # which outlives the server
         (connection,) = made(Recorder)

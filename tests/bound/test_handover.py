@@ -28,7 +28,7 @@ from support import (
     wait_until,
 )
 
-from iocp_ctypes import Engine, Server, _win32, connect
+from iocp_ctypes import Engine, Server, _dispatcher, _win32, connect
 from iocp_ctypes import engine as engine_module
 
 
@@ -313,10 +313,13 @@ class Taking(Server):
         super().__init__(*args, **kwargs)
         self.offered: list[Any] = []
         self.taken: list[socket.socket] = []
+        self.counting = threading.Lock()
 
     def take_socket(self, sock: socket.socket, peer_address: Any) -> bool:
-        self.offered.append(peer_address)
-        if len(self.offered) % 2:
+        with self.counting:
+            self.offered.append(peer_address)
+            mine = len(self.offered) % 2
+        if mine:
             self.taken.append(sock)
             return True
         return False
@@ -440,8 +443,8 @@ def test_an_accepted_socket_is_served_by_another_process() -> None:
         shared: bytes = b""
 
         def take_socket(self, sock: socket.socket, peer_address: Any) -> bool:
-            Sharing.shared = sock.share(child.process.pid)
             self.kept = sock  # until the child has it
+            Sharing.shared = sock.share(child.process.pid)
             return True
 
     with serving(Echo, server=Sharing) as server:
@@ -505,7 +508,8 @@ def test_what_a_client_detached_another_server_adopts() -> None:
             assert adopted.wait_closed(PATIENCE)
 
 
-def test_handing_over_leaves_no_handles() -> None:
+def test_handing_over_leaves_no_handles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dispatcher, "STALL_CHECK", 3600.0)  # a thread in reserve has handles
     with serving(Echo, server=Taking) as server:
 
         def one() -> None:

@@ -12,7 +12,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 from typing import Any, ClassVar
 
 import pytest
@@ -68,9 +67,11 @@ class Timed(Recorder):
 
 
 def test_an_idle_connection_is_closed() -> None:
-    with serving(Timed, idle_timeout=0.2) as server, raw(server.address) as client:
+    with serving(Timed) as server, raw(server.address) as client:
         client.sendall(b"x")
         (connection,) = made(Timed)
+        connection.until("data")
+        connection.idle_timeout = 0.2
         exc = connection.until("close").value
         assert isinstance(exc, TimeoutError)
         assert "0.2 s" in str(exc)
@@ -79,7 +80,7 @@ def test_an_idle_connection_is_closed() -> None:
         assert connection.at[0] - connection.last_activity >= 0.2 - TICK
         assert connection.close_reason == "idle"
         assert ended(client) in ("eof", "reset")
-        assert server.stats().reaped == 1
+        wait_until(lambda: server.stats().reaped == 1)
 
 
 def test_an_idle_connection_that_goes_on_is_asked_again_each_time() -> None:
@@ -90,18 +91,24 @@ def test_an_idle_connection_that_goes_on_is_asked_again_each_time() -> None:
         (connection,) = made(Patient)
         connection.until("close")
         assert connection.names == ["connect", "timeout", "timeout", "timeout", "close"]
-        times = [connection.connected_at, *connection.at]
-        assert all(later - sooner >= 0.15 - TICK for sooner, later in pairwise(times))
+        for times, at in enumerate(connection.at, 1):  # one call may be late, and the next one not
+            assert at - connection.connected_at >= times * 0.15 - TICK
         assert connection.close_reason == "idle"
 
 
 @pytest.mark.parametrize("direction", ["in", "out"])
 def test_who_talks_is_not_idle(direction: str) -> None:
     idle = 1.0
-    with serving(Timed, idle_timeout=idle) as server, raw(server.address) as client:
-        (connection,) = made(Timed)
+
+    class Patient(Timed):
+        patience = 1000
+
+    with serving(Patient, idle_timeout=idle) as server, raw(server.address) as client:
+        (connection,) = made(Patient)
         connection.until("connect")
+        previous, longest = connection.connected_at, 0.0
         while time.monotonic() < connection.connected_at + 1.4 * idle:
+            began = time.monotonic()
             if direction == "in":
                 before = len(connection.received)
                 client.sendall(b"x")
@@ -109,14 +116,17 @@ def test_who_talks_is_not_idle(direction: str) -> None:
             else:
                 connection.send(b"x")
                 read_exactly(client, 1)
+            longest, previous = max(longest, time.monotonic() - previous), began
             time.sleep(0.01)
-        assert "timeout" not in connection.names
+        longest = max(longest, time.monotonic() - previous)
+        assert "timeout" not in connection.names or longest >= idle, "the machine was busy for so long"
 
 
 def test_idle_timeout_can_be_switched_off_and_on(pair: tuple[Recorder, socket.socket]) -> None:
     connection, _client = pair
-    connection.idle_timeout = 0.1
-    connection.idle_timeout = None
+    with connection._lock:  # no timer in between
+        connection.idle_timeout = 0.1
+        connection.idle_timeout = None
     time.sleep(0.1 + SOON)
     assert connection.names == ["connect"]
     connection.idle_timeout = 0.1
@@ -146,21 +156,20 @@ def test_a_deadline_comes_whatever_is_exchanged() -> None:
         assert connection.names[-2:] == ["timeout", "close"]
         assert connection.calls[-2].value == "deadline"
         assert connection.close_reason == "deadline"
-        assert server.stats().reaped == 1
+        wait_until(lambda: server.stats().reaped == 1)
 
 
 def test_a_slow_loris_is_cut_at_its_deadline() -> None:
     class Request(Timed):
-        def connected(self) -> None:
-            self.set_deadline(0.4)
-
         def got(self, data: bytes) -> None:
             if b"\n" in self.received:
                 self.set_deadline(None)
                 self.send(b"thanks\n")
+            elif self.received == data:  # its first bytes
+                self.set_deadline(0.4)
 
     with (
-        serving(Request, idle_timeout=0.3) as server,
+        serving(Request, idle_timeout=30) as server,
         raw(server.address) as slow,
         raw(server.address) as quick,
     ):
@@ -196,12 +205,14 @@ def test_a_deadline_that_goes_on_is_over() -> None:
 
 def test_the_last_deadline_counts(pair: tuple[Recorder, socket.socket]) -> None:
     connection, client = pair
-    connection.set_deadline(0.1)
-    connection.set_deadline(None)
+    with connection._lock:  # no timer in between
+        connection.set_deadline(0.1)
+        connection.set_deadline(None)
     time.sleep(0.1 + SOON)
     assert connection.names == ["connect"]
-    connection.set_deadline(0.1)
-    connection.set_deadline(3600)
+    with connection._lock:
+        connection.set_deadline(0.1)
+        connection.set_deadline(3600)
     time.sleep(0.1 + SOON)
     assert connection.names == ["connect"]
     connection.set_deadline(0.1)
@@ -215,8 +226,9 @@ def test_the_last_deadline_counts(pair: tuple[Recorder, socket.socket]) -> None:
 
 def test_a_deadline_of_a_closing_connection_changes_nothing(pair: tuple[Recorder, socket.socket]) -> None:
     connection, client = pair
-    connection.set_deadline(0.1)
-    connection.close()
+    with connection._lock:  # no timer in between
+        connection.set_deadline(0.1)
+        connection._close(_lifetime.CloseReason.LOCAL)
     assert ended(client) == "eof"
     time.sleep(0.1 + SOON)
     assert connection.names == ["connect"]
@@ -230,30 +242,34 @@ def test_a_deadline_of_a_closing_connection_changes_nothing(pair: tuple[Recorder
 
 def test_who_never_sends_is_reaped_and_who_sent_once_is_not() -> None:
     with (
-        serving(Recorder, silent_timeout=0.3) as server,
+        serving(Recorder, silent_timeout=None) as server,
         raw(server.address) as silent,
         raw(server.address) as talker,
     ):
         talker.sendall(b"x")
-        dumb, _ = sorted(made(Recorder, 2), key=lambda one: one.peer_address != silent.getsockname())
+        dumb, other = sorted(made(Recorder, 2), key=lambda one: one.peer_address != silent.getsockname())
+        other.until("data")
+        for one in (dumb, other):
+            one._change(silent_timeout=0.3)
         exc = dumb.until("close").value
         assert time.monotonic() - dumb.connected_at >= 0.3 - TICK
         assert isinstance(exc, TimeoutError)
         assert dumb.close_reason == "silent"
         assert dumb.names == ["connect", "close"], "on_timeout is not asked"
         assert ended(silent) in ("eof", "reset")
-        other = next(one for one in Recorder.made if one is not dumb)
         time.sleep(SOON)
         assert other.names == ["connect", "data"]
-        assert server.stats().reaped == server.stats().closed["silent"] == 1
+        wait_until(lambda: server.stats().reaped == 1)
+        assert server.stats().closed["silent"] == 1
 
 
 def test_who_only_listens_is_silent_too() -> None:
     class Newsreader(Recorder):
         def connected(self) -> None:
             self.send(b"news")
+            self._change(silent_timeout=0.2)
 
-    with serving(Newsreader, silent_timeout=0.2) as server, raw(server.address) as client:
+    with serving(Newsreader, silent_timeout=None) as server, raw(server.address) as client:
         assert read_exactly(client, 4) == b"news"
         (connection,) = made(Newsreader)
         connection.until("close")
@@ -314,10 +330,11 @@ def test_bytes_at_the_very_moment_of_the_silent_timeout(accept_data: int) -> Non
         stats = server.stats()
         print(f"{served} of {count} were served, {stats.reaped} reaped, closed: {dict(stats.closed)}")
         assert sum(stats.closed.values()) == stats.accepted == len(Echo.made)
-        assert served + stats.reaped >= count
+        wait_until(lambda: served + server.stats().reaped >= count)
         wait_until(lambda: server.backlog.in_use == count)
         for connection in Echo.made:
-            connection.check()
+            if connection.calls:  # else it was reaped before it began
+                connection.check()
 
 
 # -- linger -------------------------------------------------------------------------------------------------
@@ -370,7 +387,7 @@ def test_a_peer_that_never_reads_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_peer_that_reads_slowly_is_not_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_lifetime, "DRAIN_PATIENCE_MIN", 1.0)
+    monkeypatch.setattr(_lifetime, "DRAIN_PATIENCE_MIN", 3.0)
     with serving(Recorder, linger_timeout=0.1) as server, raw(server.address) as client:
         (connection,) = made(Recorder)
         connection.until("connect")
@@ -379,7 +396,7 @@ def test_a_peer_that_reads_slowly_is_not_cut_off(monkeypatch: pytest.MonkeyPatch
         began, came = time.monotonic(), 0
         while part := client.recv(MIB):
             came += len(part)
-            if time.monotonic() < began + 1.5:
+            if time.monotonic() < began + 4.5:
                 time.sleep(0.05)
         assert came == len(STUCK)
         client.close()
@@ -962,12 +979,12 @@ def test_closing_and_aborting_in_all_ways_at_once(io_threads: int) -> None:
         stats = server.stats()
         print(dict(stats.closed))
         assert sum(stats.closed.values()) >= 150  # the others were reset before they were accepted
-        for connection in Wild.made:
-            if connection.calls:
-                connection.check()
-            assert connection.closed
         wait_until(lambda: len(server.engine.watchdog) == 0)
-        assert server.engine.ops_pending == server.backlog.in_use
+        wait_until(lambda: server.engine.ops_pending == server.backlog.in_use)
+    for connection in Wild.made:
+        if connection.calls:
+            connection.check()
+        assert connection.closed
 
 
 def test_what_a_thread_sent_arrives_after_the_thread_has_gone(pair: tuple[Recorder, socket.socket]) -> None:

@@ -17,7 +17,7 @@ from iocp_ctypes._port import KEY_IO, KEY_WAKE, Batch, CompletionPort
 from iocp_ctypes._proactor import PENDING, Operation, Proactor
 from iocp_ctypes._sockops import OverlappedSocket
 
-SECOND_MS = 1000
+SECOND_MS = 10_000
 
 
 @pytest.fixture

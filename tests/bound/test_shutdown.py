@@ -15,7 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import PATIENCE, Echo, echoes, ended, made, raw, reachable, read_exactly, serving, wait_until
+from support import (
+    OWN_HOST,
+    PATIENCE,
+    Echo,
+    echoes,
+    ended,
+    made,
+    raw,
+    reachable,
+    read_exactly,
+    serving,
+    wait_until,
+)
 
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
 
@@ -60,6 +72,8 @@ INTERRUPTED = """
         clients = [client(server) for _ in range({clients})]
 
         def interrupt():
+            while not server._serving:
+                time.sleep(0.01)
             time.sleep(0.1)
             took.append(-time.monotonic())
             signal.raise_signal(signal.SIGINT)
@@ -159,7 +173,7 @@ def test_a_script_that_forgets_to_stop_ends(forgetting: str) -> None:
     code, lines, errors = run(program, "-W", "ignore::ResourceWarning")  # of the sockets it forgot, too
     assert (code, errors) == (0, "")
     (took,) = lines
-    assert float(took) < 3
+    assert float(took) < 30, "60 is how long a program may take here"
 
 
 def test_a_script_that_ends_amid_traffic() -> None:
@@ -189,7 +203,7 @@ def test_a_script_that_ends_amid_traffic() -> None:
 """
     )
     assert (code, errors) == (0, "")
-    assert float(lines[0]) < 3
+    assert float(lines[0]) < 30
 
 
 def test_a_callback_that_takes_a_second_is_waited_for() -> None:
@@ -240,7 +254,13 @@ def test_the_exit_code_is_the_scripts(where: str) -> None:
         sock = socket.create_connection(server.address)
         if {where!r} == "main":
             sys.exit(7)
-        threading.Timer(0.5, sock.sendall, [b"x"]).start()
+
+        def later():
+            while not server._serving:
+                time.sleep(0.01)
+            sock.sendall(b"x")
+
+        threading.Thread(target=later).start()
         server.serve_forever()
         print("not reached")
         """)
@@ -315,7 +335,7 @@ def listening(address: Any) -> bool:
 
 
 def test_children_inherit_neither_port_nor_connections() -> None:
-    with serving(Echo, backlog=4) as server, raw(server.address) as client:
+    with serving(Echo, (OWN_HOST, 0), backlog=4) as server, raw(server.address) as client:
         echoes(client)
         child = inherits()
         try:
@@ -334,7 +354,7 @@ def test_children_inherit_neither_port_nor_connections() -> None:
 def test_a_child_does_inherit_what_is_inheritable() -> None:
     """So the test above can fail."""
     with socket.socket() as kept:
-        kept.bind(("127.0.0.1", 0))
+        kept.bind((OWN_HOST, 0))
         kept.listen()
         address = kept.getsockname()
         kept.set_inheritable(True)
@@ -368,8 +388,10 @@ def test_a_connection_may_say_goodbye_when_the_server_stops() -> None:
     Polite.reasons.clear()
     with serving(Polite) as server, raw(server.address) as answers, raw(server.address) as late:
         connections = made(Polite, 2)
+        for connection in connections:
+            connection.until("connect")
         stopped: list[bool] = []
-        stopping = threading.Thread(target=lambda: stopped.append(server.stop(1.0)))
+        stopping = threading.Thread(target=lambda: stopped.append(server.stop(3.0)))
         stopping.start()
         for client in (answers, late):
             assert read_exactly(client, 3) == b"bye"
@@ -416,7 +438,7 @@ def test_on_shutdown_that_raises_ends_its_connection(expects_errors: Any) -> Non
             raise ZeroDivisionError
 
     with serving(Bad) as server, raw(server.address):
-        made(Bad)
+        made(Bad)[0].until("connect")
         assert server.stop(5) is True
     (connection,) = Bad.made
     connection.check()

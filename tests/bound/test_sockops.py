@@ -381,7 +381,7 @@ def test_options_of_a_closed_socket_are_an_os_error(table: Table) -> None:
 
 def test_connect_time(table: Table) -> None:
     sock, _peer = table.pair()
-    assert sock.connect_time() in (0, 1)
+    assert sock.connect_time() != NOT_CONNECTED
     sock.close()
     assert sock.connect_time() == NOT_CONNECTED
 
@@ -470,7 +470,8 @@ class Mixed:
         operation.handler = lambda *told: self.retired(number, sock, *told)
         code = sock.receive(operation)
         if code == COMPLETED:
-            self.at_once += 1
+            with self.lock:
+                self.at_once += 1
             self.dispatcher.completed(operation.address, operation.InternalHigh)
         elif code != PENDING:
             self.uncount(number)
@@ -481,7 +482,8 @@ class Mixed:
         number = self.count(operation)
         code = sock.send(operation, lambda *told: self.retired(number, None, *told))
         if code == COMPLETED:
-            self.at_once += 1
+            with self.lock:
+                self.at_once += 1
             self.retired(number, None, operation, operation.InternalHigh, 0)
         elif code != PENDING:
             self.uncount(number)
@@ -614,7 +616,6 @@ def test_an_accept_waits_for_the_first_bytes(alone: Table) -> None:
     assert operation.socket.connect_time() == NOT_CONNECTED
     with raw(listener.address) as client:
         wait_until(lambda: operation.socket.connect_time() != NOT_CONNECTED)
-        assert operation.socket.connect_time() in (0, 1)
         assert alone.nothing_comes()
         client.sendall(b"x")
         sock, first = finished(alone, listener)

@@ -95,6 +95,12 @@ def begin(client: Client, method: str = "GET", **headers: str) -> Any:
     return client.head()
 
 
+def stream_of(number: int = 0) -> EventStream:
+    """Return a stream, which is noted a moment after its head was sent."""
+    wait_until(lambda: len(Streaming.streams) > number)
+    return Streaming.streams[number]
+
+
 def chunk_of(client: Client) -> bytes:
     size = int(client.until(b"\r\n"), 16)
     data = client.exactly(size)
@@ -110,7 +116,7 @@ def test_a_stream() -> None:
         assert answer.headers["cache-control"] == "no-store"
         assert answer.headers["x-mine"] == "1"
         assert chunk_of(client) == b"retry: 2000\n\n"
-        stream = Streaming.streams[0]
+        stream = stream_of()
         assert stream.last_event_id == "41"
         assert stream.send("one", id="42") is True
         assert stream.send_encoded(encode_event("two")) is True
@@ -132,8 +138,8 @@ def test_comments_keep_a_silent_stream_alive() -> None:
 
     Streaming.options = {"heartbeat": 0.2}
     with serving(Hasty) as server, Client(server.address) as client:
-        begin(client)
         began = time.monotonic()
+        begin(client)
         for _ in range(3):
             assert chunk_of(client) == b":\n\n"
         assert 0.4 < time.monotonic() - began < PATIENCE
@@ -157,23 +163,24 @@ def test_head_and_old_clients() -> None:
     with serving(Streaming) as server:
         with Client(server.address) as client:
             assert begin(client, "HEAD").status == 200
-            assert Streaming.streams[0].closed
+            assert stream_of().closed
             assert client.ask("/plain").body == b"plain"
         with Client(server.address) as client:
             client.send(b"GET / HTTP/1.0\r\n\r\n")
             assert client.head().headers["connection"] == "close"
-            Streaming.streams[1].send("old")
-            Streaming.streams[1].close()
+            stream_of(1).send("old")
+            stream_of(1).close()
             assert parsed(client.rest()) == [{"data": "old"}]
 
 
 def test_who_does_not_read_is_closed_with_overflow() -> None:
     with serving(Streaming, write_buffer_max=1_000_000) as server, Client(server.address) as client:
         begin(client)
-        stream = Streaming.streams[0]
+        stream = stream_of()
         sent = 0
         while not stream.closed and sent < 100_000_000:
-            stream.send("x" * 100_000)
+            if not stream.send("x" * 100_000):
+                time.sleep(0.01)  # on_close comes on another thread
             sent += 100_000
         wait_until(lambda: stream.closed)
         assert sent < 100_000_000

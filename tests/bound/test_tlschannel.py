@@ -371,12 +371,12 @@ def test_what_waited_for_on_connect_runs_where_it_never_comes() -> None:
 
 
 def test_closing_before_on_connect_ends_at_once() -> None:
-    with serving(Echo, tls=SERVER) as server:
+    with serving(Echo, tls=SERVER, tls_handshake_timeout=60) as server:
         clients = [raw(server.address) for _ in range(10)]
         wait_until(lambda: len(server.connections) == 10)
         began = time.monotonic()
-        assert server.stop(PATIENCE)
-        assert time.monotonic() - began < PATIENCE / 2
+        assert server.stop(3 * PATIENCE)
+        assert time.monotonic() - began < 2 * PATIENCE
         assert server.stats().closed == {"shutdown": 10}
         for client in clients:
             client.close()
@@ -629,6 +629,7 @@ def test_a_truncation_while_paused_is_told_after_what_came() -> None:
     with serving(Pausing, tls=SERVER) as server, tls_raw(server.address) as client:
         [connection] = made(Pausing)
         connection.until("connect")
+        wait_until(lambda: connection._paused)
         client.sendall(b"unread")
         client.shutdown(socket.SHUT_WR)
         time.sleep(0.1)
@@ -764,7 +765,7 @@ def test_a_callback_that_raises_ends_its_connection(expects_errors: list[Any]) -
 
 
 def test_who_says_nothing_after_the_handshake_is_silent() -> None:
-    with serving(Recorder, tls=SERVER, silent_timeout=0.3) as server, tls_raw(server.address):
+    with serving(Recorder, tls=SERVER, silent_timeout=2) as server, tls_raw(server.address):
         [connection] = made(Recorder)
         connection.until("close")
         connection.check()
@@ -777,7 +778,7 @@ def test_who_talks_is_not_silent_and_may_become_idle() -> None:
             return self.names.count("timeout") < 2
 
     with (
-        serving(Idle, tls=SERVER, silent_timeout=0.3, idle_timeout=0.5) as server,
+        serving(Idle, tls=SERVER, silent_timeout=2, idle_timeout=1.2) as server,
         tls_raw(server.address) as client,
     ):
         echoes(client)
@@ -1103,6 +1104,7 @@ def test_a_peer_that_ends_amid_the_burst_instead_of_shaking_hands(end: str) -> N
         sock.sendall(bytes(100_000))
         [connection] = made(Late)
         connection.until("data")
+        wait_until(lambda: connection.bytes_received == 100_000)
         if end == "eof":
             sock.shutdown(socket.SHUT_WR)
         else:

@@ -181,9 +181,10 @@ def test_amid_a_burst_all_receives_come_back_in_order(io_threads: int) -> None:
         (connection,) = made(Slow)
         assert stuck.wait(LONG)
         connection.pause_reading()
-        assert connection.unread == sent[len(connection.data) :][: len(connection.unread)]
+        unread = connection.unread
+        assert unread == sent[len(connection.data) :][: len(unread)]
         threading.Timer(0.05, go_on.set).start()
-        with connection.detach() as sock:
+        with connection.detach(LONG) as sock:
             connection.until("close")
             assert connection.close_reason == "detached"
             assert connection.recvburst.in_use == 0

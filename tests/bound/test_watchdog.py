@@ -38,8 +38,8 @@ class Turned:
 
     def turn(self, seconds: float) -> None:
         self.clock.now += seconds
-        self.look()
-        self.look()  # what the actions of the first look have set is called now
+        for _ in range(3):  # what an action of the first has set for now may be behind the second
+            self.look()
 
     def look(self) -> None:
         looked = threading.Event()

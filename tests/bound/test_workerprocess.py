@@ -159,7 +159,7 @@ def test_workers_end_when_their_parent_is_killed() -> None:
         address, pids = json.loads(program.line(r"\[.*\]")[0])
         clients = [raw(address) for _ in range(4)]
         assert {pid_of(client) for client in clients} == set(pids)
-        clients[0].sendall(b"block")
+        assert ask(clients[0], b"block") == b"blocking"
         assert all(map(runs, pids))
     finally:
         program.kill()
@@ -189,16 +189,25 @@ def test_a_folder_is_served_by_several_too() -> None:
 
 def test_ctrl_c_ends_all() -> None:
     told = """
-import signal, sys, threading
+import signal, sys, threading, time
 sys.path.insert(0, "tests/bound")
 from forworkers import Telling
+import iocp_ctypes.server
 from iocp_ctypes import Server
 
 if __name__ == "__main__":
     server = Server(("127.0.0.1", 0), Telling, processes=2)
     server.start()
     print(*(worker.pid for worker in server._processes._workers), flush=True)
-    threading.Timer(0.1, signal.raise_signal, [signal.SIGINT]).start()
+
+    def interrupt():
+        while not server._serving:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        signal.raise_signal(signal.SIGINT)
+
+    iocp_ctypes.server.ABORT_TIMEOUT = 60
+    threading.Thread(target=interrupt).start()
     server.serve_forever()
     print("interrupted", server.stats().connections, flush=True)
 """

@@ -621,6 +621,7 @@ def test_stopping_ends_an_answer_that_nobody_takes() -> None:
         client.send(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
         client.head()
         server.stop(0.2)
+        wait_until(lambda: not server.connections)
     assert blocks.closed == 1
 
 
