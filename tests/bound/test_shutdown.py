@@ -112,9 +112,15 @@ def test_ctrl_c_while_a_callback_is_busy() -> None:
     code, lines, errors = run("""
         release = threading.Event()
 
+        def interrupt():
+            while not server._serving:
+                time.sleep(0.01)
+            time.sleep(0.1)
+            signal.raise_signal(signal.SIGINT)
+
         class Busy(Connection):
             def on_data(self, data):
-                threading.Timer(0.1, signal.raise_signal, [signal.SIGINT]).start()
+                threading.Thread(target=interrupt).start()
                 release.wait(1)
                 print("returned")
 

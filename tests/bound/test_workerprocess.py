@@ -23,9 +23,11 @@ PARENT = """
 import json, sys, threading
 sys.path.insert(0, "tests/bound")
 from forworkers import Telling
+import iocp_ctypes.server
 from iocp_ctypes import Server
 
 if __name__ == "__main__":
+    iocp_ctypes.server.ABORT_TIMEOUT = 60  # for a busy machine: else a worker that is late is ended, and told
     server = Server(("127.0.0.1", 0), Telling, processes=2)
     server.start()
     pids = [worker.pid for worker in server._processes._workers]
@@ -122,7 +124,8 @@ def test_one_that_cannot_make_its_server_says_why_and_ends() -> None:
     assert pipe.said[1].startswith("TypeError: handler=7: must be a subclass of Connection")
 
 
-def test_one_without_a_parent_ends() -> None:
+def test_one_without_a_parent_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("iocp_ctypes.server.ABORT_TIMEOUT", SLOW)  # or it would end this process
     pipe = Pipe()
     _workerprocess.main(pipe)
     assert len(pipe.said) == 1
