@@ -33,6 +33,7 @@ class Record:
     result: dict[str, Any] | None
     error: str | None
     said: tuple[str, ...] = ()  # the server's last lines, where anything failed
+    stolen: float | None = None  # share of the processors' time that the host kept; None: not known
 
 
 @dataclass(frozen=True)
@@ -216,7 +217,8 @@ def table(header: Header, records: Sequence[Record], baseline: str) -> str:
         right = [cell.rjust(width) for cell, width in zip(row[3:], widths[3:], strict=True)]
         lines.append("  ".join(left + right).rstrip())
     lines.insert(1, "-" * max(len(line) for line in lines))
-    return "\n".join([*_heading(header), "", *lines, "", *_notes(records, servers, baseline)])
+    heading = [*_heading(header), *_taken(records)]
+    return "\n".join([*heading, "", *lines, "", *_notes(records, servers, baseline)])
 
 
 def _heading(header: Header) -> list[str]:
@@ -229,6 +231,14 @@ def _heading(header: Header) -> list[str]:
         f"started {header.started}",
         *(f"{name}: {command}" for name, command in header.servers.items()),
     ]
+
+
+def _taken(records: Sequence[Record]) -> list[str]:
+    shares = [100 * record.stolen for record in records if record.stolen is not None]
+    if not shares:
+        return []
+    return [f"the host kept {statistics.mean(shares):.1f} % of the processors' time for others, "
+            f"{max(shares):.1f} % in the worst measure"]
 
 
 def _rows(records: Sequence[Record], measure: str, servers: Sequence[str], others: Sequence[str],

@@ -99,6 +99,24 @@ class Meter:
                     None if wine_s is None else wine_s * 1e6 / units, requests)
 
 
+def stolen_s() -> float | None:
+    """Returns: processor time in s that the host of this virtual machine has kept from it since it started.
+
+    Summed over the processors; None where it is not known (not Linux).
+    """
+    try:
+        with (PROC / "stat").open() as file:
+            return int(file.readline().split()[8]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, IndexError):
+        return None
+
+
+def stolen_share(before: float | None, seconds: float) -> float | None:
+    """Returns: what was kept since the reading `before`, over what all processors have in `seconds`."""
+    now = stolen_s()
+    return None if before is None or now is None else (now - before) / (seconds * (os.cpu_count() or 1))
+
+
 def marked_processes(variable: str, value: str) -> list[int]:
     """Returns: ids of the processes whose environment holds `variable=value` (Linux; elsewhere none)."""
     needle = f"{variable}={value}".encode()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import socket
@@ -201,6 +203,24 @@ def test_each_round_visits_each_server_once_in_another_order(count: int) -> None
     assert {visit[0] for visit in orders} == {visit[-1] for visit in orders} == set(names)
 
 
+@pytest.mark.parametrize(("calm", "visits"), [(None, 1), (5.0, 3), (0.0, command.CALM_TRIES_MAX)])
+def test_what_the_host_disturbs_is_measured_again(monkeypatch: pytest.MonkeyPatch, calm: float | None,
+                                                  visits: int) -> None:
+    shares = [0.5, 0.06, 0.04, 0.03, 0.02]
+
+    def visit(_bench: command.Bench, measure: command.Measure, turn: int, *_more: object) -> report.Record:
+        made.append(turn)
+        return report.Record(turn + 1, measure.name, "ours", 0, 1.0, None, None, (), shares[len(made) - 1])
+
+    made: list[int] = []
+    monkeypatch.setattr(command.Bench, "_visit", visit)
+    kind = Kind("ours", ("-c", "pass"), (), 10)
+    bench = command.Bench([kind], NativePython(), argparse.Namespace(calm=calm, rounds=1, minutes=1.0))
+    bench.run([command.Measure("echo64", "exchange", (), timed=True)])
+    assert len(made) == visits
+    assert [record.stolen for record in bench.records] == [shares[visits - 1]]
+
+
 HEADER = report.Header("3.12", None, "3.11", "System", 2, "anywhere", "0.0", "2000-01-01", 2, 1.0, False,
                        {"ours": "python ours", "asyncio": "python asyncio"})
 
@@ -242,6 +262,11 @@ def test_the_report_shows_failures_deaths_and_a_dead_listener() -> None:
     assert "asyncio accepts nobody any more" in text
     assert "ours accepts nobody" not in text
     assert "ours/asyncio" in text
+    assert "the host kept" not in text
+    known = [dataclasses.replace(one, stolen=share)
+             for one, share in zip(records, (0.0, 0.1, 0.0, 0.3), strict=True)]
+    kept = "the host kept 10.0 % of the processors' time for others, 30.0 % in the worst measure"
+    assert kept in report.table(HEADER, known, "asyncio")
 
 
 def test_the_json_holds_every_raw_round() -> None:
@@ -267,6 +292,14 @@ def test_the_use_of_a_process_that_is_gone_is_not_known() -> None:
     assert usage.memory([os.getpid(), gone]) is None
     assert usage.memory([]) is None
     assert usage.Meter(usage.Watched(server=(gone,))).cost(10) == usage.Cost()
+
+
+def test_what_the_host_keeps_is_a_share_of_all_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (usage.stolen_s() is not None) == (sys.platform == "linux")
+    monkeypatch.setattr(usage, "stolen_s", lambda: 7.0)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    assert usage.stolen_share(5.0, 10.0) == pytest.approx(0.05)
+    assert usage.stolen_share(None, 10.0) is None
 
 
 class SecureEcho(Echo):
