@@ -33,8 +33,8 @@ from ._flow import SEND_GATHER_MAX, Piece
 from ._lifecycle import CloseReason
 from ._lifetime import BURST, DELIVERING, ENDED, IDLE, POSTED, RETRY_FIRST, SMALL_RECEIVE, Lifetime
 from ._options import KIB
-from ._proactor import COMPLETED, KEPT_DATA_MAX, PENDING, Operation
-from ._sockops import ENDING_THREADS_DROP, error_code
+from ._proactor import COMPLETED, ENDING_THREADS_DROP, KEPT_DATA_MAX, PENDING, Operation
+from ._sockops import error_code
 
 Buffer = bytes | bytearray | memoryview
 

@@ -27,7 +27,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from ._port import Batch, CompletionPort
-from ._proactor import Proactor
+from ._proactor import ENDING_THREADS_DROP, Proactor
 from ._win32 import INFINITE
 
 #: Seconds between two looks for stalled threads: a stall is handed over after one to two of them, so another
@@ -39,8 +39,9 @@ STALL_CHECK: Final = 0.04
 STALL_CHECK_AGAIN: Final = 0.01
 #: Threads that may be stalled at once; above it connections wait for a callback to return.
 STALLED_MAX: Final = 32
-#: Threads kept in reserve; more than that end.
-RESERVE_MAX: Final = 4
+#: Threads kept in reserve; more than that end, but none where its operations might go with it: a connection
+#: that an AcceptEx had brought would be lost.
+RESERVE_MAX: Final = STALLED_MAX if ENDING_THREADS_DROP else 4
 #: Packets taken at a time: where one thread serves, a call should bring much; where several do, each its
 #: share.
 BATCH_ALONE: Final = 64

@@ -26,6 +26,11 @@ from ._flow import SEND_GATHER_MAX, Piece
 COMPLETED: Final = 0  # done, no packet will come; for receives the issuer hands it to the dispatcher
 PENDING: Final = WSA_IO_PENDING  # a packet comes, or has come already
 
+#: True where a thread that ends may take an operation along that it issued: Wine drops it if the end comes
+#: while the operation is being carried out. Windows leaves the operations of handles with a completion port
+#: alone.
+ENDING_THREADS_DROP: Final = _win32.is_wine()
+
 Handler = Callable[["Operation", int, int], None]
 
 _array_types: dict[int, Any] = {}

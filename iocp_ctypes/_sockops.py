@@ -36,10 +36,6 @@ NOT_CONNECTED: Final = _win32.CONNECT_TIME_NOT_CONNECTED
 _ACCEPT_ADDRESSES: Final = 2 * _win32.ACCEPT_ADDRESS_SIZE
 _RESET_ON_CLOSE: Final = _win32.LINGER(1, 0)
 
-#: True where a thread that ends may take an operation along that it issued: Wine drops it if the end comes
-#: while the operation is being carried out. Windows leaves the operations of handles with a completion port
-#: alone.
-ENDING_THREADS_DROP: Final = _win32.is_wine()
 #: Whether an operation that waits may never be told of the peer's reset, and whether WSAPoll says of it that
 #: both directions are over (POLLHUP; on Windows the peer's half-close is enough for that).
 RESETS_GET_LOST: Final = _win32.is_wine()

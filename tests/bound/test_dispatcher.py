@@ -15,7 +15,7 @@ from fakes import FakePort
 from support import wait_until
 
 from iocp_ctypes import _dispatcher, _win32
-from iocp_ctypes._dispatcher import RESERVE_MAX, STALL_CHECK, STALL_CHECK_AGAIN, Dispatcher
+from iocp_ctypes._dispatcher import STALL_CHECK, STALL_CHECK_AGAIN, STALLED_MAX, Dispatcher
 from iocp_ctypes._port import KEY_IO, CompletionPort
 from iocp_ctypes._proactor import PENDING, Operation, Proactor
 from iocp_ctypes._sockops import OverlappedSocket
@@ -506,7 +506,16 @@ def test_the_reserve_is_used_before_new_threads_are_made(make: Callable[..., Ben
     assert len(threads) == 2, "they took turns"
 
 
-def test_the_reserve_is_bounded(make: Callable[..., Bench]) -> None:
+RESERVE_MAX = 4  # on Windows
+
+
+def test_no_thread_ends_where_its_operations_go_with_it() -> None:
+    wanted = STALLED_MAX if _win32.is_wine() else RESERVE_MAX
+    assert wanted == _dispatcher.RESERVE_MAX
+
+
+def test_the_reserve_is_bounded(make: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dispatcher, "RESERVE_MAX", RESERVE_MAX)
     looks = Looks()
     bench = make(1, FakePort(), looks)
     gates = []
@@ -590,7 +599,10 @@ def test_who_is_relieved_between_two_handlers_leaves_nothing_behind(make: Callab
     assert served == list(range(5))
 
 
-def test_asking_who_is_an_io_thread_while_threads_come_and_go(make: Callable[..., Bench]) -> None:
+def test_asking_who_is_an_io_thread_while_threads_come_and_go(
+    make: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_dispatcher, "RESERVE_MAX", RESERVE_MAX)
     looks = Looks()
     bench = make(1, FakePort(), looks)
     done = threading.Event()
