@@ -16,6 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 60.0
 #: What a server of several processes logs where the system, under load, cannot make one at once (Wine: 1359).
 SHORT = "no process could be made: OSError"
+#: What a process logs whose threads are held up for a second while it ends.
+LATE = "left threads behind that callbacks keep"
 
 
 class Program:
@@ -39,7 +41,7 @@ class Program:
         assert self.process.stdout is not None
         with self.process.stdout as output:
             for line in output:
-                if SHORT not in line:
+                if SHORT not in line and LATE not in line:
                     self._lines.put(line.rstrip("\n"))
         self._lines.put(None)
 

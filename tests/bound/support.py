@@ -225,7 +225,7 @@ def serving(
     address: Any = LOOPBACK,
     *,
     server: type[Server] = Server,
-    stop_timeout: float = 5.0,
+    stop_timeout: float = PATIENCE,
     **options: Any,
 ) -> Iterator[Any]:
     """Run a server for a `with` block; it must stop well, unless the block raised.

@@ -45,13 +45,13 @@ def full_queue(host: str = "127.0.0.1") -> Iterator[tuple[str, int]]:
         late = 0
         for _ in range(300):
             client = stack.enter_context(socket.socket(listener.family))
-            client.settimeout(0.5)
+            client.settimeout(1.0)
             try:
                 client.connect(address)
                 late = 0
             except TimeoutError:
                 late += 1
-                if late == 2:  # one alone may be a machine that is busy
+                if late == 3:  # one alone may be a machine that is busy
                     break
         else:
             raise AssertionError("the queue never was full")

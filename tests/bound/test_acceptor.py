@@ -963,7 +963,7 @@ def test_the_pool_recovers_from_sockets_that_cannot_be_made(
             echoes(client)
             client.close()
         left[0] = min(left[0], failures)
-        wait_until(lambda: server.backlog == (20, 20), what="the full pool")
+        wait_until(lambda: server.backlog == (20, 20), timeout=30, what="the full pool")
         reachable(server.address)
         stats = server.stats()
         assert stats.accept_unreplaced >= 1
@@ -999,15 +999,21 @@ def test_attempts_are_bounded_while_the_system_is_short_of_buffers(monkeypatch: 
 def test_silent_peers_inside_acceptex_do_not_shut_out_who_talks() -> None:
     with serving(Echo, backlog=4, accept_data=64, silent_timeout=1) as server:
         silent = [raw(server.address) for _ in range(8)]
-        with raw(server.address) as talker:
-            echoes(talker, b"now")
+
+        def served() -> bool:
+            with raw(server.address) as talker, contextlib.suppress(OSError, AssertionError):
+                echoes(talker, b"now")
+                return True
+            return False
+
+        wait_until(served, timeout=30)  # on a busy machine it may be taken for silent
         for client in silent:
             assert ended(client) in ("eof", "reset")
             client.close()
         wait_until(lambda: level(server), what="the full pool")
         stats = server.stats()
         assert stats.reaped >= 4
-        assert stats.accepted == len(Echo.made) == 1
+        assert stats.accepted == len(Echo.made) == 1 + stats.closed.get("silent", 0)
         assert stats.accept_failed == 0
 
 
@@ -1043,20 +1049,21 @@ def test_first_bytes_may_come_at_the_moment_of_reaping(io_threads: int) -> None:
             client.close()
         wait_until(lambda: level(server) and not server.stats().connections, what="the full pool")
         stats = server.stats()
-        assert stats.accepted == len(Echo.made) == outcomes["served"]
+        assert stats.accepted == len(Echo.made)
+        assert stats.accepted - stats.closed.get("silent", 0) == outcomes["served"]
         wait_until(lambda: server.stats().reaped + server.stats().accept_failed >= outcomes["reaped"])
         reachable(server.address)
 
 
 def test_peers_that_are_silent_after_the_accept_are_reaped() -> None:
-    with serving(Echo, silent_timeout=3) as server:
+    with serving(Echo) as server, raw(server.address) as talker:
+        echoes(talker)
+        server.silent_timeout = 1
         began = time.monotonic()
-        with raw(server.address) as silent, raw(server.address) as talker:
-            echoes(talker)
+        with raw(server.address) as silent:
             assert ended(silent) == "eof"
-            assert time.monotonic() - began >= 2.95
-            first, second = made(Echo, 2)
-            lost = first if first.received == b"" else second
+            assert time.monotonic() - began >= 0.95
+            lost = made(Echo, 2)[1]
             assert lost.until("close").value.errno is not None
             assert lost.close_reason == "silent"
             echoes(talker)
@@ -1088,7 +1095,7 @@ def test_three_hundred_clients_at_once_and_a_pool_of_64() -> None:
         wait_until(lambda: not server.stats().connections)
         stats = server.stats()
         assert (stats.accepted, stats.accept_failed, stats.connections_peak) == (300, 0, 300)
-        assert level(server)
+        wait_until(lambda: level(server), what="the full pool")
 
 
 def test_the_listening_queue_has_the_length_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from wspeer import TEXT, Peer, noted, websockets
 
 from iocp_ctypes import server as server_module
 from iocp_ctypes._flow import SEND_GATHER_MAX
+from iocp_ctypes._lifetime import POSTED
 from iocp_ctypes.websocket import _hub
 
 BLOCK = bytes(range(256)) * 4
@@ -53,6 +54,8 @@ def held(
         wait_until(lambda: len(server.connections) == clients)
         for connection in server.connections:
             connection.until("connect")
+            # Only then are on_connect, and what is sent after it, over.
+            wait_until(lambda one=connection: one._reading == POSTED)  # type: ignore[misc]
         relay = Held(server, monkeypatch)
         yield server, relay, sockets
         relay.go()

@@ -109,8 +109,8 @@ def test_what_an_idle_connection_keeps_posted(recv_mode: str, monkeypatch: pytes
     with serving(Echo, recv_mode=recv_mode, recv_size=32 * 1024) as server, raw(server.address) as client:
         for _ in range(3):
             echoes(client, b"x" * 100)
-        wait_until(lambda: receives_posted(server) == 1)
         (connection,) = made(Echo)
+        wait_until(lambda: connection._reading == _lifetime.POSTED and receives_posted(server) == 1)
         (operation,) = [
             one
             for one in server.engine.proactor.pending.values()
@@ -251,7 +251,7 @@ def test_a_stream_survives_pauses_at_random(options: dict[str, Any]) -> None:
                 else:
                     self.resume_reading()
 
-    with serving(Fickle, **options) as server, raw(server.address) as client:
+    with serving(Fickle, **options) as server, raw(server.address, timeout=LONG) as client:
         (connection,) = made(Fickle)
 
         def feed() -> None:
@@ -310,6 +310,13 @@ def test_a_paused_connection_that_sends_notices_a_reset(options: dict[str, Any])
         assert connection.names == ["connect", "close"]
 
 
+def receiving(connection: Any) -> None:
+    """Wait until a receive is with the kernel."""
+    wait_until(lambda: connection._reading == _lifetime.POSTED)
+    with connection._lock:  # held from the note to the return of the call
+        pass
+
+
 def test_a_reset_is_told_once_and_as_such(options: dict[str, Any]) -> None:
     with serving(Recorder, **options) as server:
         for size in (0, 1, 100_000):
@@ -318,7 +325,7 @@ def test_a_reset_is_told_once_and_as_such(options: dict[str, Any]) -> None:
             connection = made(Recorder)[-1]
             wait_until(lambda seen=connection, wanted=size: len(seen.received) == wanted)
             connection.until("connect")  # it is listed before it has its socket
-            wait_until(lambda seen=connection: seen._reading == _lifetime.POSTED)  # later it may see EOF
+            receiving(connection)  # posted later it may see EOF
             rst(client)
             assert isinstance(connection.until("close").value, ConnectionResetError)
             assert connection.close_reason == "reset"
@@ -548,6 +555,8 @@ def test_a_writer_that_waits_for_on_drain_hears_of_a_reset(options: dict[str, An
         connection.until("connect")
         if paused:
             connection.pause_reading()
+        else:
+            receiving(connection)  # posted later it may see EOF
         while connection.send(bytes(MIB)):
             pass
         rst(client)
@@ -592,7 +601,9 @@ def test_changing_modes_and_caps_while_data_flows_loses_nothing(io_threads: int)
         changes = 0
 
         def feed() -> None:
-            client.sendall(sent)
+            client.sendall(sent[: len(sent) // 2])
+            wait_until(lambda: changes > 20, timeout=LONG)
+            client.sendall(sent[len(sent) // 2 :])
             client.shutdown(socket.SHUT_WR)
 
         def change() -> None:
@@ -625,13 +636,17 @@ def test_small_sends_do_not_wait_for_acknowledgements() -> None:
 
     with serving(Twice) as server, raw(server.address) as client:
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        times = []
-        for _ in range(100):
-            began = time.monotonic()
-            client.sendall(b"ping")
-            assert read_exactly(client, 8) == b"headbody"
-            times.append(time.monotonic() - began)
-    assert sorted(times)[25] < 0.035, "they waited 40 ms for a delayed acknowledgement"
+        for _ in range(8):  # a busy machine may need more than one
+            times = []
+            for _ in range(100):
+                began = time.monotonic()
+                client.sendall(b"ping")
+                assert read_exactly(client, 8) == b"headbody"
+                times.append(time.monotonic() - began)
+            if sorted(times)[25] < 0.035:
+                break
+        else:
+            raise AssertionError("they waited 40 ms for a delayed acknowledgement")
 
 
 @pytest.mark.parametrize("code", [WSAENOBUFS, WSAEWOULDBLOCK])

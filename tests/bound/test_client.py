@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from program import Program
 from secure import client_context, server_context
-from support import Echo, Recorder, made, raw, serving, wait_until
+from support import PATIENCE, Echo, Recorder, made, raw, serving, wait_until
 from targets import Asked, closed_port, full_queue, names
 
 from iocp_ctypes import Connection, ConnectionClosedError, Engine, connect
@@ -35,7 +35,7 @@ def test_connect_send_receive_close() -> None:
         assert connection.local_address == made(Echo)[0].peer_address
         assert connection.server is None
         connection.close()
-        assert connection.wait_closed(5)
+        assert connection.wait_closed(PATIENCE)
         asked.check()
         assert asked.close_reason == "local"
         assert asked.calls[-1].value is None
@@ -49,7 +49,7 @@ def test_without_any_server_of_ours() -> None:
         peer, _address = listener.accept()
         with peer:
             peer.sendall(b"welcome")
-        assert connection.wait_closed(5)
+        assert connection.wait_closed(PATIENCE)
     asked = made(Asked)[0]
     asked.check()
     assert asked.received == b"welcome"
@@ -132,7 +132,7 @@ def test_options_set_while_connecting(monkeypatch: pytest.MonkeyPatch) -> None:
         wait_until(lambda: made(Asked)[0].received == b"x")
         assert connection.nodelay is False
         connection.abort()
-        assert connection.wait_closed(5)
+        assert connection.wait_closed(PATIENCE)
 
 
 def test_pause_while_connecting_holds() -> None:
@@ -147,7 +147,7 @@ def test_pause_while_connecting_holds() -> None:
         connection.resume_reading()
         asked.until("data")
         connection.abort()
-        assert connection.wait_closed(5)
+        assert connection.wait_closed(PATIENCE)
         asked.check()
 
 
@@ -155,7 +155,7 @@ def test_a_deadline_runs_from_when_it_is_set() -> None:
     with serving(Echo) as server:
         connection = connect(server.address, Asked)
         connection.set_deadline(0.05)
-        assert connection.wait_closed(5)
+        assert connection.wait_closed(PATIENCE)
     made(Asked)[0].check()
     assert connection.close_reason == "deadline"
 
@@ -203,7 +203,7 @@ def test_given_up_while_connecting(how: str) -> None:
         getattr(connection, how)()
         with pytest.raises(ConnectionClosedError):
             connection.send(b"y")
-        assert connection.wait_closed(5)
+        assert connection.wait_closed(PATIENCE)
     made(Asked)[0].check_failed(None, {"close": "local", "abort": "aborted"}[how])
 
 
@@ -232,7 +232,7 @@ def test_overflow_while_connecting() -> None:
         assert connection.send(bytes(50)) is True
         assert connection.send(bytes(50)) is False
         assert connection.send(bytes(1)) is False
-        assert connection.wait_closed(5)
+        assert connection.wait_closed(PATIENCE)
     assert connection.close_reason == "overflow"
     assert made(Asked)[0].names == ["close"]
 
@@ -242,9 +242,9 @@ def test_call_soon_while_connecting() -> None:
     with full_queue() as address:
         connection = connect(address, Asked)
         connection.call_soon(ran.set)
-        assert ran.wait(5)
+        assert ran.wait(PATIENCE)
         connection.abort()
-        assert connection.wait_closed(5)
+        assert connection.wait_closed(PATIENCE)
 
 
 def test_a_callback_that_raises(expects_errors: Any) -> None:
@@ -254,7 +254,7 @@ def test_a_callback_that_raises(expects_errors: Any) -> None:
 
     with serving(Sink) as server:
         connection = connect(server.address, Broken)
-        assert connection.wait_closed(5)
+        assert connection.wait_closed(PATIENCE)
         made(Broken)[0].check()
         assert connection.close_reason == "error"
         assert "callback raised" in expects_errors[0].getMessage()
@@ -271,7 +271,7 @@ def test_a_connection_from_inside_a_callback() -> None:
         client.sendall(b"through")
         wait_until(lambda: made(Sink)[0].received == b"through")
         made(Asked)[0].abort()
-        assert made(Asked)[0].wait_closed(5)
+        assert made(Asked)[0].wait_closed(PATIENCE)
 
 
 def test_from_a_local_address_by_name_of_both_families(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,7 +283,7 @@ def test_from_a_local_address_by_name_of_both_families(monkeypatch: pytest.Monke
         assert connection.local_address is not None
         assert connection.local_address[0] == "127.0.0.5"
         connection.abort()
-        assert connection.wait_closed(5)
+        assert connection.wait_closed(PATIENCE)
 
 
 def test_the_engine_given(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,7 +293,7 @@ def test_the_engine_given(monkeypatch: pytest.MonkeyPatch) -> None:
         made(Asked)[0].until("connect")
         assert engine.running
         connection.close()
-        assert connection.wait_closed(5)
+        assert connection.wait_closed(PATIENCE)
         wait_until(lambda: not engine.running)
         with pytest.raises(RuntimeError, match="this engine has been stopped"):
             connect(server.address, engine=engine)
@@ -366,7 +366,7 @@ def test_a_connection_is_freed_without_the_collector() -> None:
             dead = weakref.ref(connection)
             wait_until(lambda: dead().received == b"x")  # type: ignore[union-attr]
             connection.abort()
-            assert connection.wait_closed(5)
+            assert connection.wait_closed(PATIENCE)
             Recorder.made.clear()
             connection = None
             wait_until(lambda: dead() is None, what="the connection is freed")
@@ -428,4 +428,4 @@ def test_a_connection_is_not_used_twice() -> None:
         with pytest.raises(ValueError, match="must make a new Connection"):
             connect(server.address, lambda _s, _a: first)
         first.abort()
-        assert first.wait_closed(5)
+        assert first.wait_closed(PATIENCE)

@@ -35,6 +35,12 @@ def free_port() -> int:
     raise AssertionError("no port is free")
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a stop by Ctrl-C wait for threads that a busy machine holds up."""
+    monkeypatch.setattr("iocp_ctypes.server.ABORT_TIMEOUT", PATIENCE)
+
+
 class Waited(threading.Event):
     """Tells when serve_forever waits: from then on Ctrl-C ends it as it should."""
 

@@ -41,7 +41,7 @@ class Giving(Recorder):
 
     def give(self, where: str) -> None:
         if where == type(self).where:
-            self.sock = self.detach()
+            self.sock = self.detach(3 * PATIENCE)
 
     def connected(self) -> None:
         self.give("connect")
@@ -68,7 +68,7 @@ def check_given(connection: Any) -> socket.socket:
     assert connection.close_reason == "detached"
     assert connection.calls[-1].value is None
     assert not connection.closing
-    sock: socket.socket = connection.sock
+    sock: socket.socket = wait_until(lambda: getattr(connection, "sock", None), what="the socket")
     assert sock.gettimeout() is None
     assert sock.getpeername() == connection.peer_address
     assert sock.getsockname() == connection.local_address
@@ -464,6 +464,7 @@ def test_what_is_not_open_cannot_be_detached() -> None:
         (connection,) = made(Recorder)
         connection.until("connect")
         connection.close()
+        wait_until(lambda: connection.closing)  # where an I/O thread is held up in it, it comes later
         with pytest.raises(ConnectionClosedError, match="is not open"):
             connection.detach()
         client.close()  # else closing lingers
@@ -491,15 +492,15 @@ def test_twice_is_once() -> None:
 
 
 def test_the_peers_reset_while_it_waits_is_told() -> None:
-    with serving(Recorder) as server:
+    with serving(Looked) as server:
         client = raw(server.address)
-        (connection,) = made(Recorder)
+        (connection,) = made(Looked)
         connection.until("connect")
         connection.send(bytes(12 * MIB))
-        resetting = threading.Timer(0.1, rst, (client,))
+        resetting = threading.Thread(target=lambda: (connection.looked_again(), rst(client)))
         resetting.start()
         with pytest.raises(ConnectionClosedError, match="is not open"):
-            connection.detach(PATIENCE)
+            connection.detach(2 * PATIENCE)
         resetting.join()
         connection.until("close")
         assert connection.close_reason == "reset"

@@ -181,7 +181,7 @@ def test_stopping_waits_for_who_is_being_adopted() -> None:
         adopting = threading.Thread(target=server.adopt, args=(left,))
         adopting.start()
         assert begun.wait(PATIENCE)
-        stopping = threading.Thread(target=lambda: stopped.append(server.stop()))
+        stopping = threading.Thread(target=lambda: stopped.append(server.stop(3 * PATIENCE)))
         stopping.start()
         wait_until(lambda: server._stopping)
         other, far = pair()

@@ -210,7 +210,7 @@ def test_who_sends_a_large_body_that_is_refused_reads_why() -> None:
     class Small(Told):
         limits = Limits(body_max=1000)
 
-    with serving(Small) as server, Client(server.address) as client:
+    with serving(Small, linger_timeout=60.0) as server, Client(server.address) as client:
         client.send(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 3000000\r\n\r\n" + b"x" * 3_000_000)
         assert client.answer().status == 413
 
@@ -578,7 +578,7 @@ def test_the_other_protocol_is_told_that_the_server_stops() -> None:
         client = Client(server.address)
         client.send(UPGRADE)
         assert client.head().status == 101
-        stopping = threading.Thread(target=server.stop)
+        stopping = threading.Thread(target=server.stop, args=(3 * PATIENCE,))
         stopping.start()
         assert client.exactly(3) == b"bye"
         assert client.closed()
@@ -638,8 +638,8 @@ def test_single_bytes_hold_nobody(data: bytes) -> None:
 
 
 def test_who_is_quick_enough_is_not_cut_off() -> None:
-    with serving(Hasty) as server, Client(server.address) as client:
-        block = b"x" * 10_000  # lasts for ten seconds
+    with serving(Hasty, recv_mode="flow", recv_size=65536) as server, Client(server.address) as client:
+        block = b"x" * 10_000  # lasts for ten seconds, from the receive on that brings it with the head
         client.send(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 80000\r\n\r\n" + block)
         for _ in range(7):
             time.sleep(0.1)
@@ -649,15 +649,15 @@ def test_who_is_quick_enough_is_not_cut_off() -> None:
 
 def test_a_connection_that_asks_nothing_more_is_closed() -> None:
     class Patient(Hasty):
-        limits = Limits(keepalive_timeout=1.5)
+        limits = Limits(keepalive_timeout=5.0)
 
-    with serving(Patient) as server, Client(server.address) as client:
+    with serving(Patient) as server, Client(server.address, 30) as client:
         assert client.ask().status == 200
         began = time.monotonic()
-        time.sleep(0.4)
+        time.sleep(1.0)
         assert client.ask().status == 200
         assert client.closed()
-        assert time.monotonic() - began > 1.8, "it is measured from the last answer on"
+        assert time.monotonic() - began > 5.8, "it is measured from the last answer on"
 
 
 def test_an_answer_may_take_its_time() -> None:
@@ -670,15 +670,18 @@ def test_an_answer_may_take_its_time() -> None:
 
 
 def test_while_the_application_reads_nothing_the_peer_is_not_slow() -> None:
-    class Busy(Hasty):
+    class Busy(Told):
+        limits = Limits(body_rate_min=1000, body_grace=4.0)
+
         def on_body_chunk(self, request: Request, data: bytes) -> None:
-            self.pause_reading()
-            threading.Timer(2.0, self.resume_reading).start()
+            if data[:1] == b"x":
+                self.pause_reading()
+                threading.Timer(6.0, self.resume_reading).start()
 
         def on_request(self, request: Request) -> Response:
             return Response("all")
 
-    with serving(Busy) as server, Client(server.address) as client:
+    with serving(Busy) as server, Client(server.address, 30) as client:
         client.send(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\nx")
         time.sleep(0.3)
         client.send(b"y")
@@ -761,7 +764,7 @@ def test_stopping_lets_answers_come_to_their_end() -> None:
         busy, idle = Client(server.address), Client(server.address)
         busy.send(b"GET /busy HTTP/1.1\r\nHost: a\r\n\r\n")
         wait_until(lambda: asked)
-        stopping = threading.Thread(target=server.stop)
+        stopping = threading.Thread(target=server.stop, args=(3 * PATIENCE,))
         stopping.start()
         assert idle.closed()
         wait_until(lambda: asked[0].connection._ending)

@@ -118,8 +118,9 @@ def test_who_talks_is_not_idle(direction: str) -> None:
                 read_exactly(client, 1)
             longest, previous = max(longest, time.monotonic() - previous), began
             time.sleep(0.01)
+        names = connection.names  # before the clock is asked
         longest = max(longest, time.monotonic() - previous)
-        assert "timeout" not in connection.names or longest >= idle, "the machine was busy for so long"
+        assert "timeout" not in names or longest >= idle, "the machine was busy for so long"
 
 
 def test_idle_timeout_can_be_switched_off_and_on(pair: tuple[Recorder, socket.socket]) -> None:
@@ -249,6 +250,7 @@ def test_who_never_sends_is_reaped_and_who_sent_once_is_not() -> None:
         talker.sendall(b"x")
         dumb, other = sorted(made(Recorder, 2), key=lambda one: one.peer_address != silent.getsockname())
         other.until("data")
+        dumb.until("connect")
         for one in (dumb, other):
             one._change(silent_timeout=0.3)
         exc = dumb.until("close").value
@@ -288,18 +290,23 @@ def test_a_full_pool_of_silent_peers_is_reaped_and_the_talker_served() -> None:
     options = {"backlog": 4, "accept_data": 64, "silent_timeout": 1.0}
     with serving(Echo, **options) as server, contextlib.ExitStack() as stack:
         silent = [stack.enter_context(raw(server.address)) for _ in range(8)]
-        talker = stack.enter_context(raw(server.address))
+
+        def served() -> bool:
+            with raw(server.address) as talker, contextlib.suppress(OSError, AssertionError):
+                echoes(talker)
+                return True
+            return False
+
         began = time.monotonic()
-        echoes(talker)
-        took = time.monotonic() - began
-        print(f"the talker was served after {took:.2f} s")
-        assert took < PATIENCE
+        wait_until(served)  # on a busy machine it may be taken for silent
+        print(f"the talker was served after {time.monotonic() - began:.2f} s")
         assert server.stats().reaped >= 4
-        assert len(Echo.made) == 1, "nobody hears of those who never spoke"
+        assert len(Echo.made) == 1 + server.stats().closed.get("silent", 0), "nobody hears of the others"
         assert {ended(client) for client in silent} <= {"eof", "reset"}
-        wait_until(lambda: server.stats().reaped == 8)
+        wait_until(lambda: server.stats().reaped >= 8)
         wait_until(lambda: server.backlog.in_use == 4)
         assert server.stats().accept_failed == 0
+        server.silent_timeout = None
         reachable(server.address)
 
 
@@ -387,7 +394,7 @@ def test_a_peer_that_never_reads_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_peer_that_reads_slowly_is_not_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_lifetime, "DRAIN_PATIENCE_MIN", 3.0)
+    monkeypatch.setattr(_lifetime, "DRAIN_PATIENCE_MIN", 6.0)
     with serving(Recorder, linger_timeout=0.1) as server, raw(server.address) as client:
         (connection,) = made(Recorder)
         connection.until("connect")
@@ -396,7 +403,7 @@ def test_a_peer_that_reads_slowly_is_not_cut_off(monkeypatch: pytest.MonkeyPatch
         began, came = time.monotonic(), 0
         while part := client.recv(MIB):
             came += len(part)
-            if time.monotonic() < began + 4.5:
+            if time.monotonic() < began + 8.0:
                 time.sleep(0.05)
         assert came == len(STUCK)
         client.close()
@@ -443,6 +450,7 @@ def test_each_reason(reason: str, work_threads: int, request: pytest.FixtureRequ
             (connection,) = made(handler)
             connection.until("connect")
             assert connection.close_reason is None
+            wait_until(lambda: connection._reading == _lifetime.POSTED)  # later a reset may be seen as EOF
             end(connection, client)
             exc = connection.until("close").value
             assert connection.close_reason == reason
@@ -577,6 +585,7 @@ def test_a_callback_that_raises_ends_its_connection_and_nothing_else(
     with serving(Raising, work_threads=work_threads) as server, raw(server.address) as other:
         (bystander,) = made(Raising)
         bystander.until("connect")
+        wait_until(lambda: bystander._reading == _lifetime.POSTED)  # its on_connect has returned
         monkeypatch.setattr(Raising, "place", place)
         with raw(server.address) as client:
             PROVOKE[place](client)
@@ -799,7 +808,7 @@ def test_a_thousand_connections_leave_nothing(work_threads: int) -> None:
         assert server.stats().accepted == 1000
         wait_until(lambda: living() == 0, what="no Connection object is left")
         wait_until(lambda: len(server.engine.watchdog) == 0, what="no deadline is left")
-        assert server.engine.ops_pending == server.backlog.in_use
+        wait_until(lambda: server.engine.ops_pending == server.backlog.in_use)
 
 
 @pytest.mark.parametrize("work_threads", [0, 2])

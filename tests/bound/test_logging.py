@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from support import OWN_HOST, Echo, Recorder, echoes, made, raw, reachable, serving, wait_until
+from support import OWN_HOST, PATIENCE, Echo, Recorder, echoes, made, raw, reachable, serving, wait_until
 
 from iocp_ctypes import Server, _dispatcher, _lifetime, connect
 
@@ -50,7 +50,7 @@ def test_the_life_of_a_server_and_a_connection(debug: Kept, monkeypatch: pytest.
             echoes(client, bytes(10))
             port = client.getsockname()[1]
         (connection,) = made(Echo)
-        assert connection.wait_closed(5)
+        assert connection.wait_closed(PATIENCE)
         here = f"127.0.0.1:{server.address[1]}"
     number, peer = connection.id, f"127.0.0.1:{port}"
     assert debug.lines() == [
@@ -110,11 +110,14 @@ def test_handing_over_without_a_log_posts_nothing() -> None:
 
     class Blocks(Echo):
         def got(self, data: bytes) -> None:
+            inside.set()
             going.wait(10)
 
+    inside = threading.Event()
     with serving(Blocks, io_threads=1) as server, raw(server.address) as client:
         client.sendall(b"block")
-        wait_until(lambda: server.engine.stats().handoffs >= 1)
+        assert inside.wait(PATIENCE)
+        wait_until(lambda: server.engine.stats().stalled_threads >= 1)
         ready = list(server.engine.dispatcher._ready)
         going.set()
         assert ready == []
@@ -139,7 +142,7 @@ def test_a_connection_asks_once_and_a_message_never(level: int, monkeypatch: pyt
             for _ in range(50):
                 echoes(client)
         (connection,) = made(Echo)
-        assert connection.wait_closed(5)
+        assert connection.wait_closed(PATIENCE)
     assert asked == [logging.DEBUG]
     assert len(told) == (2 if level == logging.DEBUG else 0)
 
@@ -158,7 +161,7 @@ def test_no_logging_handler_runs_under_a_lock(debug: Kept) -> None:
     class Asks(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             for connection in Echo.made:
-                if hasattr(connection, "_lock"):
+                if hasattr(connection, "_pause_asked"):  # it is made
                     held.append(connection._lock._is_owned())
                     connection.stats()
 
@@ -169,7 +172,7 @@ def test_no_logging_handler_runs_under_a_lock(debug: Kept) -> None:
         with serving(Echo) as server:
             reachable(server.address)
             (connection,) = made(Echo)
-            assert connection.wait_closed(5)
+            assert connection.wait_closed(PATIENCE)
     finally:
         LOG.removeHandler(asks)
     assert len(held) >= 2

@@ -1074,7 +1074,7 @@ def test_stopping_from_a_callback(where: str, options: dict[str, int]) -> None:
         def gone(self, exc: OSError | None) -> None:
             self.stop_in("close")
 
-    with serving(Stopping, **options) as server:
+    with serving(Stopping, (OWN_HOST, 0), **options) as server:
         with raw(server.address) as client, contextlib.suppress(OSError):
             client.sendall(b"x")
             if where in ("eof", "close"):
@@ -1087,7 +1087,7 @@ def test_stopping_from_a_callback(where: str, options: dict[str, int]) -> None:
 
 
 def test_shutdown_from_another_thread_ends_serve_forever() -> None:
-    server = Server(LOOPBACK, Echo, io_threads=1)
+    server = Server((OWN_HOST, 0), Echo, io_threads=1)
     serving_thread = threading.Thread(target=server.serve_forever)
     serving_thread.start()
     reachable(server.address)
@@ -1098,7 +1098,7 @@ def test_shutdown_from_another_thread_ends_serve_forever() -> None:
 
 
 def test_shutdown_before_serve_forever_counts() -> None:
-    server = Server(LOOPBACK, Echo)
+    server = Server((OWN_HOST, 0), Echo)
     server.start()
     server.shutdown()
     server.serve_forever()
@@ -1142,8 +1142,8 @@ def test_stop_waits_for_who_is_busy_and_cuts_off_who_idles() -> None:
         reading = threading.Thread(target=read_late)
         reading.start()
         began = time.monotonic()
-        assert server.stop(5) is True
-        assert time.monotonic() - began < 20
+        assert server.stop(10) is True
+        assert time.monotonic() - began < 30
         reading.join(PATIENCE)
         assert received == [sent]
         assert {client.recv(1) for client in idle} == {b""}  # FIN came first
@@ -1154,7 +1154,8 @@ def test_stop_waits_for_who_is_busy_and_cuts_off_who_idles() -> None:
         assert connection.until("close").value is None
 
 
-def test_stop_cuts_off_who_does_not_read() -> None:
+def test_stop_cuts_off_who_does_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "ABORT_TIMEOUT", PATIENCE)
     with serving(Echo) as server, raw(server.address) as sleeper:
         echoes(sleeper)
         (connection,) = made(Echo)
@@ -1177,6 +1178,7 @@ def test_stop_says_when_a_callback_does_not_return() -> None:
     with server, raw(server.address) as client:
         client.sendall(b"x")
         made(Stuck)[0].until("data")
+        wait_until(lambda: server.stats().engine.stalled_threads)  # another takes what stop() cancels
         assert server.stop(0.1) is False
         release.set()
     wait_until(lambda: Stuck.made[0].closed)
@@ -1217,7 +1219,7 @@ def test_clients_that_come_during_the_stop_are_told(io_threads: int) -> None:
             for thread in threads:
                 thread.start()
             wait_until(lambda: server.stats().accepted > 5)
-            assert server.stop(2) is True
+            assert server.stop(PATIENCE) is True
             for thread in threads:
                 thread.join(PATIENCE)
                 assert not thread.is_alive()

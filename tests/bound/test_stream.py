@@ -523,11 +523,11 @@ def test_a_block_that_raises_aborts() -> None:
 
 def test_a_stream_that_nobody_closed() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        streams = [open_stream(listener.getsockname(), 5)]
+        streams = [open_stream(listener.getsockname(), PATIENCE)]
         feed = streams[0].connection
         with pytest.warns(ResourceWarning, match="unclosed <Stream <Feed"):
             streams.clear()
-        assert feed.wait_closed(5)
+        assert feed.wait_closed(PATIENCE)
 
 
 # -- opening ------------------------------------------------------------------------------------------------
@@ -648,10 +648,10 @@ def test_from_a_callback() -> None:
             stream.abort()
 
     with serving(Caller, io_threads=0) as server:
-        stream = open_stream(server.address, 5)
+        stream = open_stream(server.address, PATIENCE)
         stream.write(b"go")
         made(Caller)[0].until("data")
-        assert stream.connection.wait_closed(5)
+        assert stream.connection.wait_closed(PATIENCE)
         wait_until(lambda: len(problems) == 4)
     assert all("called from a callback" in problem for problem in problems), problems
 

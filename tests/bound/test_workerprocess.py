@@ -204,9 +204,8 @@ if __name__ == "__main__":
     print(*(worker.pid for worker in server._processes._workers), flush=True)
 
     def interrupt():
-        while not server._serving:
+        while not server._shutdown_wanted._cond._waiters:  # serve_forever waits
             time.sleep(0.01)
-        time.sleep(0.1)
         signal.raise_signal(signal.SIGINT)
 
     iocp_ctypes.server.ABORT_TIMEOUT = 60

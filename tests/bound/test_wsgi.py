@@ -612,7 +612,8 @@ def test_close_is_called_when_the_peer_goes() -> None:
         wait_until(lambda: not server.connections)
 
 
-def test_stopping_ends_an_answer_that_nobody_takes() -> None:
+def test_stopping_ends_an_answer_that_nobody_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("iocp_ctypes.server.ABORT_TIMEOUT", PATIENCE)
     blocks = Blocks(b"x" * 65536 for _ in range(100_000))
     with (
         serving_app(answering(blocks), checked=False, stop_timeout=0.2) as server,
