@@ -218,6 +218,8 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[Kin
     options.warmup = min(0.4, options.seconds / 3)
     if not 1 <= options.rounds <= 100 or not 0.1 <= options.seconds <= 60:
         command.error("--rounds is 1 to 100, --seconds 0.1 to 60")
+    if options.calm is not None and not 0 <= options.calm <= 100:
+        command.error(f"--calm is 0 to 100 percent, not {options.calm:g}")
     kinds = [] if options.without_ours else [ours("ours", shlex.split(options.ours))]
     for variant in options.variant:
         name, sign, text = variant.partition("=")

@@ -104,6 +104,8 @@ def stolen_s() -> float | None:
 
     Summed over the processors; None where it is not known (not Linux).
     """
+    if sys.platform != "linux":
+        return None  # under Wine there is a /proc as well
     try:
         with (PROC / "stat").open() as file:
             return int(file.readline().split()[8]) / os.sysconf("SC_CLK_TCK")

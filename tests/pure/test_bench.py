@@ -349,7 +349,8 @@ def test_the_report_over_tls_pairs_rounds() -> None:
 
 @pytest.mark.parametrize("arguments", [["--against", "nobody"], ["--measures", "nothing"], ["--rounds", "0"],
                                        ["--variant", "x"], ["--variant", "ours=--io-threads 1"],
-                                       ["--profile", "nobody"], ["--check", "--against", "threading"]])
+                                       ["--profile", "nobody"], ["--check", "--against", "threading"],
+                                       ["--calm", "-1"], ["--calm", "101"], ["--calm", "nan"]])
 def test_wrong_arguments_end_with_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         command.parse(arguments)
