@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -52,7 +53,16 @@ def test_knobs_are_true_under_load() -> None:
         clients = [raw(server.address) for _ in range(4)]
         for client in clients:
             client.sendall(b"go")
-        wait_until(lambda: server.sendcap == Usage(3, 12))
+
+        def three_of_each() -> bool:
+            if server.sendcap == Usage(3, 12):
+                return True
+            time.sleep(0.2)
+            for client in clients:  # under Wine the send of a callback held up goes alone: let it be done
+                client.recv(200_000)
+            return False
+
+        wait_until(three_of_each)
         wait_until(lambda: server.recvburst == Usage(1, 4))
         engine = server.engine
         assert engine is not None
