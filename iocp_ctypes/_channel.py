@@ -4,7 +4,8 @@ Laws
 1. One receive at a time: `_reading` is IDLE (nothing posted and nobody delivering), POSTED (the kernel has
    it), DELIVERING (its bytes are on the way to on_data, after which the next one is posted) or ENDED (on_eof
    was called). So bytes stay in order, and what on_data does not take in stays with the peer, by TCP's own
-   flow control. Several receives at a time are in `_burstchannel`, which takes over where BURST stands for
+   flow control. Who made it DELIVERING posts the next one: at once, or after the others where a crowd waits
+   to be served. Several receives at a time are in `_burstchannel`, which takes over where BURST stands for
    the size of the next one.
 2. What may be sent is sent at once, by the thread that sends, or in the connection's turn where many are sent
    the same; the rest queues and goes out as sends complete, in the order of the calls.
@@ -109,7 +110,7 @@ class Channel(Lifetime):
     # -- receiving ------------------------------------------------------------------------------------------
 
     def _received(self, operation: Operation, transferred: int, status: int) -> None:
-        """Retire a receive. On an I/O thread. The hot path, in one piece: one strand, one lock, one call."""
+        """Retire a receive. On an I/O thread. The hot path: one strand, one callback, no lock."""
         if status or not transferred:
             self._reading = DELIVERING
             self._received_rarely(operation, status)
@@ -140,19 +141,33 @@ class Channel(Lifetime):
             self.on_data(data)
         except BaseException as exc:
             self._callback_raised(exc)
+        # Else when the others were served: bytes that are there by then cost neither a wait nor a packet.
+        if not self._home.engine.dispatcher.defer(self._receive_on):
+            self._receive_on()
+        strand.leave()
+
+    def _receive_on(self) -> None:
+        """Post the next receive after on_data. DELIVERING is ours until then, so nobody else posts one."""
         lock = self._lock
         lock.acquire()  # cheaper than `with`, here and in `send`
         try:
-            if self._state == life.OPEN and not self._paused and operation.size == self._next_size:
+            operation = self._operation
+            if (
+                self._state == life.OPEN
+                and not self._paused
+                and operation is not None
+                and operation.size == self._next_size
+            ):
                 self._reading = POSTED  # before the call: the packet may be retired before it returns
                 code = self._socket.receive(operation)
-                if code != PENDING:
+                if code == COMPLETED:  # mostly, where it was deferred
+                    self._home.engine.dispatcher.completed(operation.address, operation.InternalHigh)
+                elif code != PENDING:
                     self._receive_issued(operation, code)
             else:
                 self._receive_next()
         finally:
             lock.release()
-        strand.leave()
 
     def _deliver_later(self, data: bytes) -> None:
         """Have bytes delivered by the strand; until then they are in the stash, where `detach` finds them."""

@@ -49,6 +49,8 @@ BATCH_SHARED: Final = 8
 #: Packets taken in a row at the most before any is served: who queues as fast as we take must not keep us
 #: from serving.
 REAPED_MAX: Final = 512
+#: So many wait to be served: what only prepares the next exchange has its turn after them.
+CROWD: Final = 4
 
 log = logging.getLogger("iocp_ctypes")
 
@@ -127,7 +129,20 @@ class Dispatcher:
 
     def completed(self, address: int, transferred: int) -> None:
         """Serve, in its turn, an operation that completed at once and will have no packet. Any thread."""
-        self._put(address, transferred)
+        self._ready.append((address, transferred))  # as `_put`, with a call less
+        if threading.get_ident() not in self._serving:
+            self._port.post()
+
+    def defer(self, function: Callable[[], None]) -> bool:
+        """Call a function after all that is ready now, where that is a crowd; else return False.
+
+        In a handler, on its I/O thread: that one, or who took over from it, looks at `ready` afterwards.
+        """
+        ready = self._ready
+        if len(ready) < CROWD:
+            return False
+        ready.append((function, 0))
+        return True
 
     def _put(self, what: Any, transferred: int) -> None:
         self._ready.append((what, transferred))

@@ -30,7 +30,8 @@ from support import (
 )
 from traffic import LONG, Counted, beside, chance, cut
 
-from iocp_ctypes import Usage, _channel, _lifetime, _win32
+from iocp_ctypes import Usage, _channel, _dispatcher, _lifetime, _win32
+from iocp_ctypes._dispatcher import CROWD
 
 MODES = ("flow", "zero-byte", "auto", "burst")
 SOON = 0.05  # seconds in which nothing may happen; too short a time can only hide a defect, never show one
@@ -234,6 +235,88 @@ def test_resuming_in_a_callback_posts_one_receive(options: dict[str, Any]) -> No
         ahead = options["recv_mode"] == "burst"
         assert connection.data == ahead, "no receive is posted while one is delivered, or one ahead"
         assert connection.received == b"".join(b"%02d" % number for number in range(20))
+
+
+class Crowded(Recorder):
+    """After its first bytes a crowd is to be served, and before the next receive something happens."""
+
+    happens: Callable[[Any], None]
+
+    def got(self, data: bytes) -> None:
+        if data == b"first":
+            call_soon = self._home.engine.dispatcher.call_soon
+            call_soon(self.happened)
+            for _ in range(CROWD):
+                call_soon(lambda: None)
+
+    def happened(self) -> None:
+        Crowded.happens(self)
+        self.data = "happened"
+
+
+@contextlib.contextmanager
+def crowded(happens: Callable[[Any], None], io_threads: int) -> Iterator[tuple[Any, socket.socket]]:
+    """A connection to which this happened before its next receive was posted, and its client."""
+    Crowded.happens = staticmethod(happens)
+    with serving(Crowded, io_threads=io_threads) as server, raw(server.address) as client:
+        client.sendall(b"first")
+        (connection,) = made(Crowded)
+        wait_until(lambda: connection.data == "happened")
+        yield connection, client
+        client.close()
+        connection.until("close")
+        connection.check()
+
+
+def test_the_next_receive_is_posted_after_a_crowd(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dispatcher, "STALL_CHECK", LONG)  # nobody takes over from a thread that has to wait
+    seen: list[int] = []
+    with crowded(lambda made: seen.append(receives_posted(made.server)), 1) as (connection, client):
+        assert seen == [0], "none is posted while others wait to be served"
+        client.sendall(b"second")
+        wait_until(lambda: connection.received == b"firstsecond")
+
+
+def test_pausing_before_the_next_receive_is_posted(io_threads: int) -> None:
+    with crowded(lambda connection: connection.pause_reading(), io_threads) as (connection, client):
+        client.sendall(b"second")
+        time.sleep(SOON)
+        assert connection.received == b"first"
+        connection.resume_reading()
+        wait_until(lambda: connection.received == b"firstsecond")
+
+
+def test_pausing_and_resuming_before_the_next_receive_is_posted(io_threads: int) -> None:
+    def fidget(connection: Any) -> None:
+        connection.pause_reading()
+        connection.resume_reading()
+
+    with crowded(fidget, io_threads) as (connection, client):
+        client.sendall(b"second")
+        wait_until(lambda: connection.received == b"firstsecond")
+        client.sendall(b"third")
+        wait_until(lambda: connection.received == b"firstsecondthird")
+
+
+@pytest.mark.parametrize("end", ["close", "abort"])
+def test_ending_before_the_next_receive_is_posted(end: str, io_threads: int) -> None:
+    with (
+        crowded(lambda connection: getattr(connection, end)(), io_threads) as (connection, client),
+        contextlib.suppress(ConnectionResetError),
+    ):
+        assert read_all(client) == b""
+    assert connection.received == b"first"
+
+
+def test_detaching_before_the_next_receive_is_posted(io_threads: int) -> None:
+    taken: list[socket.socket] = []
+    with crowded(lambda connection: taken.append(connection.detach()), io_threads) as (connection, client):
+        (mine,) = taken
+        with mine:
+            mine.settimeout(PATIENCE)
+            client.sendall(b"second")
+            assert read_exactly(mine, 6) == b"second"
+    assert connection.received == b"first"
 
 
 def test_a_stream_survives_pauses_at_random(options: dict[str, Any]) -> None:

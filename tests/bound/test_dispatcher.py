@@ -15,7 +15,7 @@ from fakes import FakePort
 from support import wait_until
 
 from iocp_ctypes import _dispatcher, _win32
-from iocp_ctypes._dispatcher import STALL_CHECK, STALL_CHECK_AGAIN, STALLED_MAX, Dispatcher
+from iocp_ctypes._dispatcher import CROWD, STALL_CHECK, STALL_CHECK_AGAIN, STALLED_MAX, Dispatcher
 from iocp_ctypes._port import KEY_IO, CompletionPort
 from iocp_ctypes._proactor import PENDING, Operation, Proactor
 from iocp_ctypes._sockops import OverlappedSocket
@@ -301,6 +301,53 @@ def test_a_serving_thread_needs_no_packet_for_its_own_calls(quiet: Bench) -> Non
     quiet.call(several)
     wait_until(lambda: len(ran) == 10)
     assert quiet.port.posts == before + 1
+
+
+def test_what_is_deferred_comes_after_a_crowd_and_not_without_one(quiet: Bench) -> None:
+    ran: list[str] = []
+    dispatcher = quiet.dispatcher
+
+    def defer_behind(size: int) -> bool:
+        while len(dispatcher._ready) < size:
+            dispatcher.call_soon(lambda: ran.append("other"))
+        return dispatcher.defer(lambda: ran.append("deferred"))
+
+    assert quiet.call(lambda: defer_behind(CROWD - 1)) is False, "so few are soon served"
+    quiet.call(lambda: None)
+    assert "deferred" not in ran
+    ran.clear()
+    posts = quiet.port.posts
+    assert quiet.call(lambda: defer_behind(CROWD)) is True
+    wait_until(lambda: "deferred" in ran)
+    assert "other" in ran
+    assert ran[-1] == "deferred"
+    assert quiet.port.posts == posts + 1, "a serving thread needs no packet for it"
+
+
+def test_what_a_relieved_thread_defers_is_served(make: Callable[..., Bench]) -> None:
+    looks = Looks()
+    bench = make(1, FakePort(), looks)
+    ran: list[str] = []
+    answers: list[bool] = []
+    first = bench.gate()
+
+    def held_up() -> None:
+        first()
+        answers.append(bench.dispatcher.defer(lambda: ran.append("deferred")))
+
+    bench.dispatcher.call_soon(held_up)
+    assert first.began.wait(PATIENCE)
+    looks.look()
+    looks.look()
+    second = bench.stall()  # on the thread that took over
+    for _ in range(CROWD):
+        bench.dispatcher.call_soon(lambda: ran.append("other"))
+    first.go_on.set()
+    wait_until(lambda: bool(answers))
+    assert answers == [True]
+    second.go_on.set()
+    wait_until(lambda: len(ran) == CROWD + 1)
+    assert ran == ["other"] * CROWD + ["deferred"]
 
 
 def test_figures_count_packets_and_calls_that_brought_some(quiet: Bench) -> None:

@@ -83,6 +83,27 @@ def tell(what: str, taken: list[float]) -> None:
 # -- callbacks that take their time -------------------------------------------------------------------------
 
 
+class Behind(Recorder):
+    """Echoes; its next receive after the first waits behind a crowd and behind a call that blocks."""
+
+    def got(self, data: bytes) -> None:
+        if data == b"first":
+            call_soon = self._home.engine.dispatcher.call_soon
+            for _ in range(_dispatcher.CROWD):
+                call_soon(lambda: None)
+            call_soon(lambda: Gate.opened.wait(LONG))
+        self.send(data)
+
+
+def test_a_receive_that_waits_behind_a_call_that_blocks_is_posted(io_threads: int) -> None:
+    with serving(Behind, io_threads=io_threads) as server, raw(server.address) as client:
+        for message in (b"first", b"second", b"third"):
+            client.sendall(message)
+            assert read_exactly(client, len(message)) == message
+        assert not Gate.opened.is_set()
+        Gate.opened.set()
+
+
 @pytest.mark.parametrize("blocked", [1, 3, 20])
 def test_callbacks_that_block_do_not_hold_up_the_others(
     blocked: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
