@@ -6,6 +6,7 @@ Laws
    is done here.
 2. One FIFO, `ready`, is shared by all threads: packets, operations that completed at once and calls are
    served in turn. A thread that stalls in a callback therefore holds back nothing but that callback.
+   Within a round, what a handler deferred comes after all of them.
 3. A thread is stalled exactly when one look (every STALL_CHECK seconds, only while somebody is busy) finds
    it in the same turn as the look before. Then another takes its place; it waits in reserve once its
    callback returns.
@@ -49,7 +50,7 @@ BATCH_SHARED: Final = 8
 #: Packets taken in a row at the most before any is served: who queues as fast as we take must not keep us
 #: from serving.
 REAPED_MAX: Final = 512
-#: So many wait to be served: what only prepares the next exchange has its turn after them.
+#: So many are served in a round: what only prepares for the next one is done after them all.
 CROWD: Final = 4
 
 log = logging.getLogger("iocp_ctypes")
@@ -102,6 +103,7 @@ class Dispatcher:
         self._later = later
         self._failed = failed
         self._ready: deque[tuple[Any, int]] = deque()
+        self._deferred: deque[Callable[[], None]] = deque()
         self._lock = threading.Lock()
         self._workers: set[_Worker] = set()
         self._reserve: list[_Worker] = []
@@ -113,7 +115,8 @@ class Dispatcher:
         self._past_packets = 0
         self._past_turns = 0
         self.handoffs = 0
-        #: Changes whenever packets were taken off the port; no count, as threads may write it at once.
+        #: Changes with each round but where a single call is all that is served; no count, as threads may
+        #: write it at once.
         self.round = 0
 
     # -- any thread -----------------------------------------------------------------------------------------
@@ -134,14 +137,14 @@ class Dispatcher:
             self._port.post()
 
     def defer(self, function: Callable[[], None]) -> bool:
-        """Call a function after all that is ready now, where that is a crowd; else return False.
+        """Call a function when this round has been served, where that is a crowd; else return False.
 
-        In a handler, on its I/O thread: that one, or who took over from it, looks at `ready` afterwards.
+        In a handler, on its I/O thread: that one, or who took over from it, calls it. Where several threads
+        serve the answer is False: there a packet wakes one that is idle.
         """
-        ready = self._ready
-        if len(ready) < CROWD:
+        if self._running_max > 1 or len(self._ready) + len(self._deferred) < CROWD:
             return False
-        ready.append((function, 0))
+        self._deferred.append(function)
         return True
 
     def _put(self, what: Any, transferred: int) -> None:
@@ -256,7 +259,7 @@ class Dispatcher:
                 self._serving.pop(me.ident, None)
                 if me in self._reserve:
                     self._reserve.remove(me)
-            if self._stopping or self._ready:
+            if self._stopping or self._ready or self._deferred:
                 self._wake_next()
 
     def _wake_next(self) -> None:
@@ -268,12 +271,14 @@ class Dispatcher:
 
     def _serve(self, me: _Worker) -> None:
         reap = self._port.reap
-        ready = self._ready
+        ready, deferred = self._ready, self._deferred
         popleft = ready.popleft
         retire = self._proactor.pending.pop
         looking = self._looking.acquire
         batch = Batch(self._batch_size)
-        while ready or not self._stopping:
+        while ready or deferred or not self._stopping:
+            if deferred:
+                self._end_round(me)
             me.busy = False
             count = reaped = reap(batch, 0 if ready else INFINITE, ready)
             # All that is there takes its place behind what was ready before.
@@ -281,8 +286,9 @@ class Dispatcher:
                 reaped = reap(batch, 0, ready)
                 count += reaped
             me.busy = True
-            if count:
+            if count or len(ready) > 1:
                 self.round += 1
+            if count:
                 me.reaps += 1
                 me.packets += count
                 if count > 1 and self._running_max > 1 and len(self._serving) > 1:
@@ -311,6 +317,19 @@ class Dispatcher:
                         return
             what = operation = None
 
+    def _end_round(self, me: _Worker) -> None:
+        """Do what was deferred until the others were served."""
+        for _ in range(len(self._deferred)):
+            try:
+                function = self._deferred.popleft()
+            except IndexError:
+                break
+            me.turn += 1
+            try:
+                function()
+            except Exception as exc:
+                _complain("what a handler deferred raised, which is a defect of iocp_ctypes", exc)
+
     def _rejoin(self, me: _Worker) -> bool:
         """Serve again after having been relieved, at once or after a time in reserve; False.
 
@@ -327,7 +346,7 @@ class Dispatcher:
             if not full:
                 me.busy = False
                 self._reserve.append(me)
-        if self._ready:
+        if self._ready or self._deferred:
             self._wake_next()  # it may have reaped these itself, before it saw that it was relieved
         if full:
             return False

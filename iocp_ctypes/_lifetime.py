@@ -63,7 +63,8 @@ FINALIZER_PATIENCE: Final = 1.0
 BURST: Final = -1
 
 #: Where a connection's receiving is: nothing posted and nobody delivering; the kernel has a receive; its
-#: bytes are on the way to on_data, or EOF to on_eof; on_eof had its call.
+#: bytes are on the way to on_data, or were there and the next is not posted yet, or EOF to on_eof; on_eof
+#: had its call.
 IDLE, POSTED, DELIVERING, ENDED = 0, 1, 2, 3
 
 _LOCKS: Final = make_locks()
@@ -580,7 +581,7 @@ class Lifetime:
             self._idle_since = now  # it comes again after another idle_timeout at the earliest
             burst = self._burst
             if self._reading != DELIVERING and (burst is None or not burst.delivering):
-                # Else on_data is at work, which is not idle.
+                # Else on_data is at work, or has just been, which is not idle.
                 text = f"nothing came or went for {idle:g} s"
                 self._post(self._deliver_timeout, CloseReason.IDLE, text, self.last_activity)
 

@@ -244,10 +244,10 @@ class Crowded(Recorder):
 
     def got(self, data: bytes) -> None:
         if data == b"first":
-            call_soon = self._home.engine.dispatcher.call_soon
-            call_soon(self.happened)
+            dispatcher = self._home.engine.dispatcher
             for _ in range(CROWD):
-                call_soon(lambda: None)
+                dispatcher.call_soon(lambda: None)
+            assert dispatcher.defer(self.happened)
 
     def happened(self) -> None:
         Crowded.happens(self)
@@ -255,10 +255,10 @@ class Crowded(Recorder):
 
 
 @contextlib.contextmanager
-def crowded(happens: Callable[[Any], None], io_threads: int) -> Iterator[tuple[Any, socket.socket]]:
+def crowded(happens: Callable[[Any], None]) -> Iterator[tuple[Any, socket.socket]]:
     """A connection to which this happened before its next receive was posted, and its client."""
     Crowded.happens = staticmethod(happens)
-    with serving(Crowded, io_threads=io_threads) as server, raw(server.address) as client:
+    with serving(Crowded, io_threads=1) as server, raw(server.address) as client:
         client.sendall(b"first")
         (connection,) = made(Crowded)
         wait_until(lambda: connection.data == "happened")
@@ -271,14 +271,14 @@ def crowded(happens: Callable[[Any], None], io_threads: int) -> Iterator[tuple[A
 def test_the_next_receive_is_posted_after_a_crowd(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_dispatcher, "STALL_CHECK", LONG)  # nobody takes over from a thread that has to wait
     seen: list[int] = []
-    with crowded(lambda made: seen.append(receives_posted(made.server)), 1) as (connection, client):
+    with crowded(lambda made: seen.append(receives_posted(made.server))) as (connection, client):
         assert seen == [0], "none is posted while others wait to be served"
         client.sendall(b"second")
         wait_until(lambda: connection.received == b"firstsecond")
 
 
-def test_pausing_before_the_next_receive_is_posted(io_threads: int) -> None:
-    with crowded(lambda connection: connection.pause_reading(), io_threads) as (connection, client):
+def test_pausing_before_the_next_receive_is_posted() -> None:
+    with crowded(lambda connection: connection.pause_reading()) as (connection, client):
         client.sendall(b"second")
         time.sleep(SOON)
         assert connection.received == b"first"
@@ -286,12 +286,12 @@ def test_pausing_before_the_next_receive_is_posted(io_threads: int) -> None:
         wait_until(lambda: connection.received == b"firstsecond")
 
 
-def test_pausing_and_resuming_before_the_next_receive_is_posted(io_threads: int) -> None:
+def test_pausing_and_resuming_before_the_next_receive_is_posted() -> None:
     def fidget(connection: Any) -> None:
         connection.pause_reading()
         connection.resume_reading()
 
-    with crowded(fidget, io_threads) as (connection, client):
+    with crowded(fidget) as (connection, client):
         client.sendall(b"second")
         wait_until(lambda: connection.received == b"firstsecond")
         client.sendall(b"third")
@@ -299,18 +299,18 @@ def test_pausing_and_resuming_before_the_next_receive_is_posted(io_threads: int)
 
 
 @pytest.mark.parametrize("end", ["close", "abort"])
-def test_ending_before_the_next_receive_is_posted(end: str, io_threads: int) -> None:
+def test_ending_before_the_next_receive_is_posted(end: str) -> None:
     with (
-        crowded(lambda connection: getattr(connection, end)(), io_threads) as (connection, client),
+        crowded(lambda connection: getattr(connection, end)()) as (connection, client),
         contextlib.suppress(ConnectionResetError),
     ):
         assert read_all(client) == b""
     assert connection.received == b"first"
 
 
-def test_detaching_before_the_next_receive_is_posted(io_threads: int) -> None:
+def test_detaching_before_the_next_receive_is_posted() -> None:
     taken: list[socket.socket] = []
-    with crowded(lambda connection: taken.append(connection.detach()), io_threads) as (connection, client):
+    with crowded(lambda connection: taken.append(connection.detach())) as (connection, client):
         (mine,) = taken
         with mine:
             mine.settimeout(PATIENCE)

@@ -303,28 +303,46 @@ def test_a_serving_thread_needs_no_packet_for_its_own_calls(quiet: Bench) -> Non
     assert quiet.port.posts == before + 1
 
 
-def test_what_is_deferred_comes_after_a_crowd_and_not_without_one(quiet: Bench) -> None:
-    ran: list[str] = []
+@pytest.mark.parametrize(("others", "crowd"), [(CROWD - 1, False), (CROWD, True), (3 * CROWD, True)])
+def test_what_is_deferred_comes_after_the_round_where_that_is_a_crowd(
+    others: int, crowd: bool, quiet: Bench
+) -> None:
+    ran: list[Any] = []
     dispatcher = quiet.dispatcher
-
-    def defer_behind(size: int) -> bool:
-        while len(dispatcher._ready) < size:
-            dispatcher.call_soon(lambda: ran.append("other"))
-        return dispatcher.defer(lambda: ran.append("deferred"))
-
-    assert quiet.call(lambda: defer_behind(CROWD - 1)) is False, "so few are soon served"
-    quiet.call(lambda: None)
-    assert "deferred" not in ran
-    ran.clear()
-    posts = quiet.port.posts
-    assert quiet.call(lambda: defer_behind(CROWD)) is True
-    wait_until(lambda: "deferred" in ran)
-    assert "other" in ran
-    assert ran[-1] == "deferred"
-    assert quiet.port.posts == posts + 1, "a serving thread needs no packet for it"
+    first = quiet.operation(
+        lambda _op, _count, _status: ran.append(dispatcher.defer(lambda: ran.append("deferred")))
+    )
+    rest = [quiet.operation(lambda _op, _count, _status: ran.append("other")) for _ in range(others)]
+    wait_until(lambda: quiet.port.waiting == 1)
+    put(quiet.port, *((operation.address, 0) for operation in [first, *rest]))  # a round of these alone
+    wait_until(lambda: len(ran) == 1 + others + crowd)
+    assert ran == [crowd, *["other"] * others, *["deferred"] * crowd]
+    assert quiet.port.posts == 0, "a serving thread needs no packet for it"
 
 
-def test_what_a_relieved_thread_defers_is_served(make: Callable[..., Bench]) -> None:
+def test_what_was_deferred_is_called_by_who_takes_over(make: Callable[..., Bench]) -> None:
+    looks = Looks()
+    bench = make(1, FakePort(), looks)
+    ran: list[str] = []
+    gate = bench.gate()
+
+    def defer(_operation: Operation, _count: int, _status: int) -> None:
+        assert bench.dispatcher.defer(lambda: ran.append("deferred"))
+
+    first = bench.operation(defer)
+    second = bench.operation(lambda _op, _count, _status: gate())
+    rest = [bench.operation(lambda _op, _count, _status: ran.append("other")) for _ in range(CROWD)]
+    put(bench.port, *((operation.address, 0) for operation in [first, second, *rest]))
+    assert gate.began.wait(PATIENCE)
+    assert ran == []
+    looks.look()
+    looks.look()
+    wait_until(lambda: len(ran) == CROWD + 1)
+    assert ran.count("deferred") == 1
+    gate.go_on.set()
+
+
+def test_what_a_relieved_thread_defers_is_called(make: Callable[..., Bench]) -> None:
     looks = Looks()
     bench = make(1, FakePort(), looks)
     ran: list[str] = []
@@ -347,7 +365,53 @@ def test_what_a_relieved_thread_defers_is_served(make: Callable[..., Bench]) -> 
     assert answers == [True]
     second.go_on.set()
     wait_until(lambda: len(ran) == CROWD + 1)
-    assert ran == ["other"] * CROWD + ["deferred"]
+    assert ran.count("deferred") == 1
+
+
+def test_where_several_threads_serve_nothing_is_deferred(make: Callable[..., Bench]) -> None:
+    bench = make(4, FakePort(), Looks())
+
+    def defer_behind_many() -> bool:
+        for _ in range(10 * CROWD):
+            bench.dispatcher.call_soon(lambda: None)
+        return bench.dispatcher.defer(lambda: None)
+
+    assert bench.call(defer_behind_many) is False, "a packet is what wakes an idle one"
+
+
+def test_a_deferred_call_that_raises_is_logged(
+    quiet: Bench, expects_errors: list[logging.LogRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_dispatcher, "CROWD", 0)
+    ran: list[str] = []
+
+    def bad() -> None:
+        raise ZeroDivisionError
+
+    assert quiet.call(lambda: quiet.dispatcher.defer(bad)) is True
+    assert quiet.call(lambda: quiet.dispatcher.defer(lambda: ran.append("second"))) is True
+    wait_until(lambda: ran == ["second"])
+    (record,) = expects_errors
+    assert record.levelno == logging.CRITICAL
+    assert record.exc_info
+    assert record.exc_info[0] is ZeroDivisionError
+
+
+@pytest.mark.parametrize(("others", "rounds"), [(0, 0), (2, 3)])
+def test_a_round_of_a_single_call_is_no_round_of_others(others: int, rounds: int, quiet: Bench) -> None:
+    seen: list[int] = []
+
+    def walk(steps: int) -> None:
+        seen.append(quiet.dispatcher.round)
+        for _ in range(others):
+            quiet.dispatcher.call_soon(lambda: None)
+        if steps:
+            quiet.dispatcher.call_soon(lambda: walk(steps - 1))
+
+    wait_until(lambda: quiet.port.waiting == 1)
+    quiet.dispatcher.call_soon(lambda: walk(3))  # with the packet that wakes the thread; no other comes
+    wait_until(lambda: len(seen) == 4)
+    assert seen[3] - seen[0] == rounds
 
 
 def test_figures_count_packets_and_calls_that_brought_some(quiet: Bench) -> None:
