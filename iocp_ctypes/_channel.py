@@ -4,9 +4,9 @@ Laws
 1. One receive at a time: `_reading` is IDLE (nothing posted and nobody delivering), POSTED (the kernel has
    it), DELIVERING (its bytes are on the way to on_data, after which the next one is posted) or ENDED (on_eof
    was called). So bytes stay in order, and what on_data does not take in stays with the peer, by TCP's own
-   flow control. Who made it DELIVERING posts the next one: at once, or after the others of the round where that is
-   a crowd. Several receives at a time are in `_burstchannel`, which takes over where BURST stands for
-   the size of the next one.
+   flow control. Who made it DELIVERING posts the next one: at once, or after the others of the round where
+   that is a crowd. Several receives at a time are in `_burstchannel`, which takes over where BURST stands
+   for the size of the next one.
 2. What may be sent is sent at once, by the thread that sends, or in the connection's turn where many are sent
    the same; the rest queues and goes out as sends complete, in the order of the calls.
 3. An operation that the system lacks resources for is issued again later; nothing is lost by it.
