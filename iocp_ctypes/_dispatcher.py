@@ -279,6 +279,7 @@ class Dispatcher:
         while ready or deferred or not self._stopping:
             if deferred:
                 self._end_round(me)
+                continue  # it may have been the last there is to do
             me.busy = False
             count = reaped = reap(batch, 0 if ready else INFINITE, ready)
             # All that is there takes its place behind what was ready before.

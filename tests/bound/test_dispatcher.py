@@ -368,6 +368,22 @@ def test_what_a_relieved_thread_defers_is_called(make: Callable[..., Bench]) -> 
     assert ran.count("deferred") == 1
 
 
+def test_what_was_deferred_in_the_last_round_is_called_and_keeps_nobody(
+    quiet: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_dispatcher, "CROWD", 0)
+    ran: list[str] = []
+    gate = quiet.stall()
+    last = quiet.operation(
+        lambda _op, _n, _status: ran.append(str(quiet.dispatcher.defer(lambda: ran.append("done"))))
+    )
+    quiet.dispatcher.completed(last.address, 0)
+    assert quiet.dispatcher.stop(0.0) is False  # its packet is taken in that last round
+    gate.go_on.set()
+    wait_until(lambda: quiet.dispatcher.threads == 0)
+    assert ran == ["True", "done"]
+
+
 def test_where_several_threads_serve_nothing_is_deferred(make: Callable[..., Bench]) -> None:
     bench = make(4, FakePort(), Looks())
 
