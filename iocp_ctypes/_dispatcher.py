@@ -6,7 +6,7 @@ Laws
    is done here.
 2. One FIFO, `ready`, is shared by all threads: packets, operations that completed at once and calls are
    served in turn. A thread that stalls in a callback therefore holds back nothing but that callback.
-   Within a round, what a handler deferred comes after all of them.
+   What a handler of a round deferred is done when the round is over, or by who takes over within it.
 3. A thread is stalled exactly when one look (every STALL_CHECK seconds, only while somebody is busy) finds
    it in the same turn as the look before. Then another takes its place; it waits in reserve once its
    callback returns.
@@ -50,7 +50,7 @@ BATCH_SHARED: Final = 8
 #: Packets taken in a row at the most before any is served: who queues as fast as we take must not keep us
 #: from serving.
 REAPED_MAX: Final = 512
-#: So many are served in a round: what only prepares for the next one is done after them all.
+#: So many wait to be served: what only prepares for the next round is done at the end of this one.
 CROWD: Final = 4
 
 log = logging.getLogger("iocp_ctypes")
@@ -115,8 +115,8 @@ class Dispatcher:
         self._past_packets = 0
         self._past_turns = 0
         self.handoffs = 0
-        #: Changes with each round but where a single call is all that is served; no count, as threads may
-        #: write it at once.
+        #: Changes with each round but where one call, or operation that completed at once, is all that is
+        #: served; no count, as threads may write it at once.
         self.round = 0
 
     # -- any thread -----------------------------------------------------------------------------------------
@@ -183,7 +183,7 @@ class Dispatcher:
 
     @property
     def turns(self) -> int:
-        """How much was served: packets, operations that completed at once, calls."""
+        """How much was served: packets, operations that completed at once, calls, those deferred included."""
         with self._lock:
             return self._past_turns + sum(worker.turn for worker in self._workers)
 
@@ -279,6 +279,8 @@ class Dispatcher:
         while ready or deferred or not self._stopping:
             if deferred:
                 self._end_round(me)
+                if me.relieved and not self._rejoin(me):
+                    return
                 continue  # it may have been the last there is to do
             me.busy = False
             count = reaped = reap(batch, 0 if ready else INFINITE, ready)
@@ -319,7 +321,8 @@ class Dispatcher:
             what = operation = None
 
     def _end_round(self, me: _Worker) -> None:
-        """Do what was deferred until the others were served."""
+        """Do what was deferred until the others were served; the rest is for who takes over meanwhile."""
+        me.busy = True  # it may be the first that this thread does
         for _ in range(len(self._deferred)):
             try:
                 function = self._deferred.popleft()
@@ -330,6 +333,8 @@ class Dispatcher:
                 function()
             except Exception as exc:
                 _complain("what a handler deferred raised, which is a defect of iocp_ctypes", exc)
+            if me.relieved:
+                break
 
     def _rejoin(self, me: _Worker) -> bool:
         """Serve again after having been relieved, at once or after a time in reserve; False.

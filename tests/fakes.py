@@ -107,9 +107,13 @@ class FakePort:
 
 
 class FakeDispatcher:
-    """Serves on the thread that calls `run`, one thing after another, when the test says so."""
+    """Serves on the thread that calls `run`, one thing after another, when the test says so.
+
+    Where the test says that it is `crowded`, what may be deferred is served after what is ready.
+    """
 
     def __init__(self, proactor: Proactor) -> None:
+        self.crowded = False
         self.ready: deque[tuple[Any, int]] = deque()
         self.served = 0
         self._proactor = proactor
@@ -120,6 +124,11 @@ class FakeDispatcher:
 
     def completed(self, address: int, transferred: int) -> None:
         self.ready.append((address, transferred))
+
+    def defer(self, function: Callable[[], None]) -> bool:
+        if self.crowded:
+            self.ready.append((function, 0))
+        return self.crowded
 
     def is_io_thread(self) -> bool:
         return getattr(self._mine, "serving", False)

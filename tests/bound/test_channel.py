@@ -31,7 +31,6 @@ from support import (
 from traffic import LONG, Counted, beside, chance, cut
 
 from iocp_ctypes import Usage, _channel, _dispatcher, _lifetime, _win32
-from iocp_ctypes._dispatcher import CROWD
 
 MODES = ("flow", "zero-byte", "auto", "burst")
 SOON = 0.05  # seconds in which nothing may happen; too short a time can only hide a defect, never show one
@@ -238,46 +237,50 @@ def test_resuming_in_a_callback_posts_one_receive(options: dict[str, Any]) -> No
 
 
 class Crowded(Recorder):
-    """After its first bytes a crowd is to be served, and before the next receive something happens."""
+    """After its first bytes something happens before the next receive is posted."""
 
     happens: Callable[[Any], None]
 
     def got(self, data: bytes) -> None:
         if data == b"first":
-            dispatcher = self._home.engine.dispatcher
-            for _ in range(CROWD):
-                dispatcher.call_soon(lambda: None)
-            assert dispatcher.defer(self.happened)
+            assert self._home.engine.dispatcher.defer(self.happened)
 
     def happened(self) -> None:
         Crowded.happens(self)
         self.data = "happened"
 
 
-@contextlib.contextmanager
-def crowded(happens: Callable[[Any], None]) -> Iterator[tuple[Any, socket.socket]]:
+@pytest.fixture
+def crowded(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A connection to which this happened before its next receive was posted, and its client."""
-    Crowded.happens = staticmethod(happens)
-    with serving(Crowded, io_threads=1) as server, raw(server.address) as client:
-        client.sendall(b"first")
-        (connection,) = made(Crowded)
-        wait_until(lambda: connection.data == "happened")
-        yield connection, client
-        client.close()
-        connection.until("close")
-        connection.check()
-
-
-def test_the_next_receive_is_posted_after_a_crowd(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dispatcher, "CROWD", 0)
     monkeypatch.setattr(_dispatcher, "STALL_CHECK", LONG)  # nobody takes over from a thread that has to wait
+
+    @contextlib.contextmanager
+    def connected(happens: Callable[[Any], None]) -> Iterator[tuple[Any, socket.socket]]:
+        Crowded.happens = staticmethod(happens)
+        with serving(Crowded, io_threads=1) as server, raw(server.address) as client:
+            client.sendall(b"first")
+            (connection,) = made(Crowded)
+            wait_until(lambda: connection.data == "happened")
+            yield connection, client
+            client.close()
+            connection.until("close")
+            connection.check()
+
+    return connected
+
+
+def test_in_a_crowd_the_next_receive_is_posted_at_the_end_of_the_round(crowded: Any) -> None:
     seen: list[int] = []
     with crowded(lambda made: seen.append(receives_posted(made.server))) as (connection, client):
-        assert seen == [0], "none is posted while others wait to be served"
+        assert seen == [0]
+        wait_until(lambda: receives_posted(connection.server) == 1)
         client.sendall(b"second")
         wait_until(lambda: connection.received == b"firstsecond")
 
 
-def test_pausing_before_the_next_receive_is_posted() -> None:
+def test_pausing_before_the_next_receive_is_posted(crowded: Any) -> None:
     with crowded(lambda connection: connection.pause_reading()) as (connection, client):
         client.sendall(b"second")
         time.sleep(SOON)
@@ -286,7 +289,7 @@ def test_pausing_before_the_next_receive_is_posted() -> None:
         wait_until(lambda: connection.received == b"firstsecond")
 
 
-def test_pausing_and_resuming_before_the_next_receive_is_posted() -> None:
+def test_pausing_and_resuming_before_the_next_receive_is_posted(crowded: Any) -> None:
     def fidget(connection: Any) -> None:
         connection.pause_reading()
         connection.resume_reading()
@@ -299,7 +302,7 @@ def test_pausing_and_resuming_before_the_next_receive_is_posted() -> None:
 
 
 @pytest.mark.parametrize("end", ["close", "abort"])
-def test_ending_before_the_next_receive_is_posted(end: str) -> None:
+def test_ending_before_the_next_receive_is_posted(end: str, crowded: Any) -> None:
     with (
         crowded(lambda connection: getattr(connection, end)()) as (connection, client),
         contextlib.suppress(ConnectionResetError),
@@ -308,9 +311,16 @@ def test_ending_before_the_next_receive_is_posted(end: str) -> None:
     assert connection.received == b"first"
 
 
-def test_detaching_before_the_next_receive_is_posted() -> None:
+def test_detaching_before_the_next_receive_is_posted(crowded: Any) -> None:
     taken: list[socket.socket] = []
-    with crowded(lambda connection: taken.append(connection.detach())) as (connection, client):
+
+    def let_go(connection: Any) -> None:
+        threads.append(threading.Thread(target=lambda: taken.append(connection.detach())))
+        threads[0].start()
+
+    threads: list[threading.Thread] = []
+    with crowded(let_go) as (connection, client):
+        threads[0].join(LONG)
         (mine,) = taken
         with mine:
             mine.settimeout(PATIENCE)

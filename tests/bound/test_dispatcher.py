@@ -384,6 +384,85 @@ def test_what_was_deferred_in_the_last_round_is_called_and_keeps_nobody(
     assert ran == ["True", "done"]
 
 
+def test_those_that_deferred_count_as_a_crowd(quiet: Bench) -> None:
+    answers: list[bool] = []
+    ran: list[int] = []
+
+    def defer(_operation: Operation, number: int, _status: int) -> None:
+        answers.append(quiet.dispatcher.defer(lambda: ran.append(number)))
+
+    wait_until(lambda: quiet.port.waiting == 1)
+    put(quiet.port, *((quiet.operation(defer).address, number) for number in range(CROWD + 1)))
+    wait_until(lambda: len(ran) == CROWD + 1)
+    assert answers == [True] * (CROWD + 1)
+    assert ran == list(range(CROWD + 1))
+
+
+def test_what_a_relieved_thread_defers_wakes_who_waits(
+    make: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_dispatcher, "CROWD", 0)
+    looks = Looks()
+    bench = make(1, FakePort(), looks)
+    ran: list[str] = []
+    gate = bench.gate()
+    bench.dispatcher.call_soon(lambda: (gate(), bench.dispatcher.defer(lambda: ran.append("deferred"))))
+    assert gate.began.wait(PATIENCE)
+    looks.look()
+    looks.look()
+    wait_until(lambda: bench.port.waiting == 1, what="the one that took over waits for packets")
+    gate.go_on.set()
+    wait_until(lambda: ran == ["deferred"])
+
+
+def test_a_thread_relieved_in_what_was_deferred_waits_in_reserve(
+    make: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_dispatcher, "CROWD", 0)
+    looks = Looks()
+    bench = make(1, FakePort(lifo=True), looks)  # who waits last is served first
+    dispatcher = bench.dispatcher
+    ran: list[str] = []
+    gate = bench.gate()
+
+    def defer_two() -> None:
+        assert dispatcher.defer(gate)
+        assert dispatcher.defer(lambda: ran.append("second"))
+
+    dispatcher.call_soon(defer_two)
+    assert gate.began.wait(PATIENCE)
+    looks.look()
+    looks.look()
+    wait_until(lambda: ran == ["second"], what="the rest is done by who takes over")
+    assert dispatcher.stalled == 1
+    gate.go_on.set()
+    wait_until(lambda: dispatcher.stalled == 0)
+    wait_until(lambda: bench.port.waiting == 1, what="one waits for packets, and one in reserve")
+    blocked = bench.stall()
+    assert blocked.thread != gate.thread
+    assert dispatcher.threads == 2
+
+
+def test_a_thread_that_takes_over_is_busy_with_what_was_deferred(
+    make: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_dispatcher, "CROWD", 0)
+    looks = Looks()
+    bench = make(1, FakePort(), looks)
+    served = threading.Event()
+    gates = [bench.gate(), bench.gate()]
+    bench.dispatcher.call_soon(lambda: (bench.dispatcher.defer(gates[1]), gates[0]()))
+    assert gates[0].began.wait(PATIENCE)
+    for gate in gates:
+        assert gate.began.wait(PATIENCE)
+        bench.dispatcher.call_soon(served.set)
+        assert not served.is_set()
+        looks.look()
+        looks.look()
+    assert served.wait(PATIENCE), "a third one took over"
+    assert bench.dispatcher.handoffs == 2
+
+
 def test_where_several_threads_serve_nothing_is_deferred(make: Callable[..., Bench]) -> None:
     bench = make(4, FakePort(), Looks())
 

@@ -13,7 +13,7 @@ import pytest
 from fakes import STATUS_RESET, AtOnce, FakeClock, FakeEngine, FakePort, FakeSocket, FakeWatchdog
 from support import wait_until
 
-from iocp_ctypes import _win32
+from iocp_ctypes import _dispatcher, _win32
 from iocp_ctypes._dispatcher import Dispatcher
 from iocp_ctypes._fileops import TransmitOperation, open_source
 from iocp_ctypes._flow import SEND_GATHER_MAX, Piece
@@ -464,6 +464,26 @@ def test_a_dispatcher_serves_calls_and_operations_in_turn(kind: Any) -> None:
     dispatcher.call_soon(first)
     serving.settle(lambda: len(told) == 4)
     assert told == [(True, True), "first", "second", (operation, 7, 0xC0000120, False)]
+    serving.end()
+
+
+@pytest.mark.parametrize("kind", [RealServing, FakeServing])
+@pytest.mark.parametrize("crowded", [False, True])
+def test_a_dispatcher_puts_off_what_may_wait_where_that_is_a_crowd(
+    kind: Any, crowded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_dispatcher, "CROWD", 0 if crowded else 1000)
+    serving = kind()
+    if kind is FakeServing:
+        serving.dispatcher.crowded = crowded
+    told: list[Any] = []
+
+    def first() -> None:
+        told.append(serving.dispatcher.defer(lambda: told.append("deferred")))
+
+    serving.dispatcher.call_soon(first)
+    serving.settle(lambda: len(told) == 1 + crowded)
+    assert told == [crowded, *["deferred"] * crowded]
     serving.end()
 
 

@@ -295,6 +295,18 @@ def test_a_receive_that_lacks_resources_is_tried_again(rig: Make, code: int) -> 
     made.end()
 
 
+def test_a_receive_that_was_put_off_and_lacks_resources_is_tried_again(rig: Make) -> None:
+    made = rig()
+    made.engine.dispatcher.crowded = True
+    made.sock.plan(receives=[Fail(WSAENOBUFS)])
+    made.deliver(b"hello")
+    made.sock.deliver(b" world")
+    assert made.connection.received == b"hello"
+    made.advance(RETRY_FIRST)
+    assert made.connection.received == b"hello world"
+    made.end()
+
+
 def test_a_receive_whose_packet_tells_of_a_shortage_is_tried_again(rig: Make) -> None:
     made = rig()
     made.sock.fail_receive(STATUS_INSUFFICIENT_RESOURCES)
@@ -1089,6 +1101,7 @@ class Fuzz:
             idle_timeout=chosen.choice([None, 2.0]),
         )
         self.made.sock.cancels_at_once = chosen.random() < 0.5
+        self.made.engine.dispatcher.crowded = chosen.random() < 0.5
         self.made.sock.cancel_status = chosen.choice(LOCAL_CLOSE_STATUSES)
         self.delivered = b""
         self.handed_over = b""
