@@ -66,6 +66,7 @@ class Exchanged:
     per_s: float
     p50_us: float | None
     p99_us: float | None
+    longest_us: float | None
     fairness: float  # smallest count of a client over the mean count
     starved: int  # clients without one exchange in the window
     cost: Cost
@@ -81,6 +82,7 @@ class Cycled:
     per_s: float
     p50_us: float | None
     p99_us: float | None
+    longest_us: float | None
     cost: Cost
     failures: dict[str, int] = field(default_factory=dict)
 
@@ -242,11 +244,13 @@ def exchange(address: Address, clients: int, seconds: float, warmup: float,
                      fairness(counts), counts.count(0), cost, dict(failures))
 
 
-def _tails_us(latencies_s: list[float]) -> tuple[float | None, float | None]:
-    """Sorts. Returns: the median and the 99th percentile in µs."""
+def _tails_us(latencies_s: list[float]) -> tuple[float, float, float] | tuple[None, None, None]:
+    """Sorts. Returns: the median, the 99th percentile and the longest in µs."""
     latencies_s.sort()
     middle, high = percentile(latencies_s, 0.5), percentile(latencies_s, 0.99)
-    return None if middle is None else middle * 1e6, None if high is None else high * 1e6
+    if middle is None or high is None:
+        return None, None, None
+    return middle * 1e6, high * 1e6, latencies_s[-1] * 1e6
 
 
 def churn(address: Address, parallel: int, seconds: float, warmup: float,

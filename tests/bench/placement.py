@@ -6,7 +6,8 @@ idle processor twice: the same server then did 1,900 connections a second in pla
 measured where Linux had put the processes. And the load generator takes nothing from the server it measures.
 Laws: (i) all servers alike; (ii) a server that uses several processors is not measured so: that is what
 `free` is for; (iii) where nothing can be placed (one processor, no such call) all is left as it is, and the
-report says so.
+report says so; (iv) a server is there when it starts: Wine puts each thread that a process makes where the
+process was at first, so whoever is moved later has its new threads left behind.
 
 `prompt` adds: a thread of a server whose call has returned runs at once, as on Windows. Otherwise wineserver
 may keep the processor until the next tick of Linux, up to 4 ms: while connections wait in the listen queue it
@@ -19,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,6 +56,20 @@ def take_sides(choice: str) -> Placement | None:
     servers, load = sides(os.sched_getaffinity(0))
     os.sched_setaffinity(0, load)
     return Placement(servers, choice == "prompt")
+
+
+@contextlib.contextmanager
+def at(place: Placement | None) -> Iterator[None]:
+    """For a `with` block puts this thread, and what it starts, where the servers are."""
+    if sys.platform != "linux" or place is None:
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, place.processors)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def move(servers: Iterable[int], wineservers: Iterable[int], place: Placement | None) -> None:

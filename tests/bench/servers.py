@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .cycle import Address
-from .placement import Placement, move
+from .placement import Placement, at, move
 from .usage import Watched, command_line, marked_processes, process_name
 
 TESTS = Path(__file__).resolve().parent.parent
@@ -162,9 +162,10 @@ class Server:
         self._ready.clear()
         self._address = None
         # Pipes for both: Python under Wine does not start when its output is a regular file.
-        self._process = self._starter.popen(self.kind.arguments, env=environment, cwd=str(TESTS),
-                                            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                            stderr=subprocess.STDOUT)
+        with at(self._place):
+            self._process = self._starter.popen(self.kind.arguments, env=environment, cwd=str(TESTS),
+                                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                                stderr=subprocess.STDOUT)
         self._reader = threading.Thread(target=self._read, args=(self._process,), daemon=True)
         self._reader.start()
         self._ready.wait(START_MAX_S)

@@ -98,7 +98,8 @@ def test_exchange_counts_every_client(address: Address) -> None:
     assert 0 < result.fairness <= 1
     assert result.p50_us is not None
     assert result.p99_us is not None
-    assert 0 < result.p50_us <= result.p99_us
+    assert result.longest_us is not None
+    assert 0 < result.p50_us <= result.p99_us <= result.longest_us
     assert result.per_s == pytest.approx(result.exchanges / result.seconds)
 
 

@@ -71,7 +71,7 @@ class ServerProcess:
 
     def ask(self, command: str, seconds: float = ANSWER_MAX_S) -> dict[str, Any]:
         """Give a command and return what is answered."""
-        self._tell(command)
+        self.tell(command)
         return self._answer(seconds)
 
     def figures(self) -> Figures:
@@ -96,7 +96,16 @@ class ServerProcess:
             raise Lost(f"the server's program ended with exit code {code}")
         return left
 
-    def _tell(self, command: str) -> None:
+    def ended(self, seconds: float) -> tuple[int, list[str]]:
+        """Wait until the program has ended by itself; returns its exit code, and what it printed unasked."""
+        try:
+            code = self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise Lost(f"the server's program did not end in {seconds:g} s") from None
+        return code, list(iter(self._lines.get, None))
+
+    def tell(self, command: str) -> None:
+        """Give a command that is not answered."""
         self._process.stdin.write(f"{command}\n".encode())
         self._process.stdin.flush()
 

@@ -1,4 +1,4 @@
-"""The command: `python3 tests/soak/run.py many|storm|burst|websocket|ends|all [--python 3.12] [--seed N]`.
+"""The command: `python3 tests/soak/run.py all [--python 3.12] [--seed N]`, or a run's name in place of `all`.
 
 Prints figures and claims as they come. Exit code: 0 where all claims hold, 1 where one does not.
 """
@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-RUNS = ("many", "storm", "burst", "websocket", "ends")
+RUNS = ("many", "storm", "burst", "websocket", "ends", "delays")
 
 
 def main() -> int:
