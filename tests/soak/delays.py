@@ -72,7 +72,7 @@ def blocked(python: str | None, options: dict[str, Any]) -> list[str]:
     report = checks.Report(
         f"delays: {CLIENTS} clients while callbacks block for {BLOCKED_S:g} s, {options or 'defaults'}"
     )
-    with ServerProcess(python, "soak.delays_served", **options) as server:
+    with ServerProcess(python, "soak.delays_served", block=BLOCKED_S, **options) as server:
         alone = watched(server.address, ())[0]
         report.figure("nobody blocks", told(alone))
         for ways in (*((way,) for way in WAYS), MANY):
@@ -147,10 +147,10 @@ def ends(python: str | None) -> list[str]:
             who = f"{clients} clients that {'talk' if talk else 'rest'}"
             with ServerProcess(python, "soak.delays_served", serve=serve) as server:
                 sockets, _failures = connect_many(server.address, 0 if talk else clients)
-                exchanges = Talk(server.address, clients if talk else 0)
+                talking = Talk(server.address, clients if talk else 0)
                 time.sleep(SETTLE_S)
                 end(report, server, who, limits_s[clients > CLIENTS])
-                served = exchanges.count() if talk else len(sockets)
+                served = len(sockets) + talking.count()
                 report.claim(f"{who}: they had been served", served >= clients, f"{served} messages")
                 for sock in sockets:
                     sock.close()

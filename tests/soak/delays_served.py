@@ -1,7 +1,8 @@
 """The server of the soak run `delays`, a program for Windows: it echoes, and blocks where a client asks.
 
 Started by `process.py` as `python -m soak.delays_served OPTIONS`, where OPTIONS are Server's, in JSON, and
-"serve": whether the main thread is in serve_forever, and else reads commands. The command from stdin:
+"block", for how many seconds, and "serve", whether the main thread is in serve_forever, and else reads the
+command. That comes from stdin:
     interrupt   Ctrl-C for serve_forever; answers with one line of JSON how that went; the program ends
     stop        stop the server; the program ends
     forget      the script ends, and has forgotten to stop the server
@@ -18,31 +19,30 @@ import time
 
 from iocp_ctypes import Connection, Server
 
-BLOCK_S = 2.0
 held = threading.Lock()  # by this program, for ever
 
 
-def read_from_nobody() -> None:
+def read_from_nobody(seconds: float) -> None:
     """Wait for an answer that does not come, as a database's driver does for one that is slow."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        ours.settimeout(BLOCK_S)
+        ours.settimeout(seconds)
         try:
             ours.recv(1)
         except TimeoutError:
             pass
 
 
-def compute() -> None:
-    """Hold no lock and make no call, for as long: what holds others up is the GIL alone."""
-    until = time.monotonic() + BLOCK_S
+def compute(seconds: float) -> None:
+    """Hold no lock and make no call that waits: what holds others up is the GIL alone."""
+    until = time.monotonic() + seconds
     while time.monotonic() < until:
         pass
 
 
 WAYS = {
-    b"sleep": lambda: time.sleep(BLOCK_S),
-    b"lock": lambda: held.acquire(timeout=BLOCK_S),
+    b"sleep": time.sleep,
+    b"lock": lambda seconds: held.acquire(timeout=seconds),
     b"database": read_from_nobody,
     b"compute": compute,
 }
@@ -51,9 +51,11 @@ WAYS = {
 class Blocking(Connection):
     """Sends back what comes, but blocks first where that names a way to."""
 
+    seconds = 0.0
+
     def on_data(self, data: bytes) -> None:
         if way := WAYS.get(data):
-            way()
+            way(self.seconds)
             data = b"done"
         self.send(data)
 
@@ -81,6 +83,7 @@ def serve(server: Server) -> None:
 
 def main() -> None:
     options = json.loads(sys.argv[1])
+    Blocking.seconds = options.pop("block", 0.0)
     forever = options.pop("serve", False)
     held.acquire()
     server = Server(("127.0.0.1", 0), Blocking, **options)

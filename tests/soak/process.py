@@ -43,6 +43,7 @@ class ServerProcess:
         self._options = options
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._process: Any = None
+        self._unasked: list[str] = []  # what it printed since it listens, besides answers
         self.address: Address = ("", 0)
 
     def __enter__(self) -> ServerProcess:
@@ -60,6 +61,7 @@ class ServerProcess:
             self._process.end()
             raise
         self.address = (host, port)
+        self._unasked.clear()  # Wine's own words while it starts
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -92,7 +94,7 @@ class ServerProcess:
     def stop_asked(self) -> dict[str, Any]:
         """Stop the server; returns what it answers."""
         left = self.ask("stop")
-        if (code := self._process.wait(ANSWER_MAX_S)) != 0:
+        if (code := self.ended(ANSWER_MAX_S)[0]) != 0:
             raise Lost(f"the server's program ended with exit code {code}")
         return left
 
@@ -102,7 +104,7 @@ class ServerProcess:
             code = self._process.wait(seconds)
         except subprocess.TimeoutExpired:
             raise Lost(f"the server's program did not end in {seconds:g} s") from None
-        return code, list(iter(self._lines.get, None))
+        return code, self._unasked + list(iter(self._lines.get, None))
 
     def tell(self, command: str) -> None:
         """Give a command that is not answered."""
@@ -129,4 +131,5 @@ class ServerProcess:
                 answer: dict[str, Any] = json.loads(line)
                 return answer
             last = line or last
+            self._unasked.append(line)
             print(line, file=sys.stderr)
